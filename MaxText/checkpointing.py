@@ -1,0 +1,195 @@
+"""Checkpoints: one step directory holds the state, the position in the data, the resolved config and the commit.
+
+Orbax writes and commits them, in the background if asked. Restoring goes to whatever mesh the abstract state names. A step that
+cannot be read is named and the next older one is used; a step of another model or other data is refused with the difference.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from MaxText.train_state import TrainState
+
+_LOG = logging.getLogger("MaxText")
+
+# The keys that give the parameters their shapes and their meaning: a checkpoint fits only if they are the same.
+MODEL_KEYS = (
+    "base_emb_dim",
+    "base_num_decoder_layers",
+    "base_num_query_heads",
+    "base_num_kv_heads",
+    "head_dim",
+    "base_mlp_dim",
+    "vocab_size",
+    "logits_via_embedding",
+    "normalization_layer_epsilon",
+    "rope_max_timescale",
+    "weight_dtype",
+)
+# Those that the optimizer's state depends on besides.
+STATE_KEYS = (*MODEL_KEYS, "mu_dtype")
+
+
+class Checkpointer:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: the run's `checkpoints/`.
+        run_info: what is saved as `config`: {"config": resolved keys, ...}; its model keys must equal a restored step's.
+    """
+
+    def __init__(self, directory: Path, run_info: Mapping[str, Any], *, keep: int, asynchronous: bool):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        self._run_info = dict(run_info)
+        self.directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            item_names=("state", "data", "config"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
+            ),
+        )
+
+    def save(self, state: TrainState, step: int, data: Mapping[str, Any]) -> None:
+        """Writes the state after `step` steps; in the background if the run asked for that.
+
+        Raises:
+            OSError: it, or an earlier one still being written, could not be written.
+        """
+        args = self._ocp.args
+        self._manager.save(
+            step,
+            args=args.Composite(
+                state=args.StandardSave(state), data=args.JsonSave(dict(data)), config=args.JsonSave(self._run_info)
+            ),
+            force=True,
+        )
+
+    def restore_newest(self, abstract: TrainState, data: Mapping[str, Any]) -> TrainState | None:
+        """The state of the newest step that can be read, or None where there is no step.
+
+        Raises:
+            ValueError: the steps are of another model, or of other data than `data` says.
+            OSError: there are steps, but none of them can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return restore_step(self.directory / str(step), abstract, self._run_info["config"], data)
+            except ValueError as error:
+                if isinstance(error, Mismatch):
+                    raise
+                _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
+            except Exception as error:  # whatever a damaged file makes the readers below raise
+                _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
+        if steps:
+            raise OSError(f"none of the checkpoints {steps} in {self.directory} can be read; nothing was changed there")
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk.
+
+        Raises:
+            OSError: something could not be written.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go of the directory."""
+        self._manager.close()
+
+
+def check_free_space(directory: Path, abstract: TrainState) -> None:
+    """Refuses to start where not even one checkpoint fits.
+
+    Raises:
+        OSError: too little is free.
+    """
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"a checkpoint takes up to {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; free some, set "
+            "base_output_directory to another disk, or enable_checkpointing=false"
+        )
+
+
+class Mismatch(ValueError):
+    """A checkpoint that is whole but does not belong to this run."""
+
+
+def restore_step(
+    directory: Path, abstract: TrainState, config: Mapping[str, Any], data: Mapping[str, Any] | None
+) -> TrainState:
+    """The whole state of one step directory, on the shardings of `abstract`.
+
+    Args:
+        data: the position's fixed part (which data, in which order); None does not check it.
+
+    Raises:
+        Mismatch: it is of another model or other data.
+    """
+    saved = _read_json(directory)
+    _check_same(directory, saved["config"]["config"], config, STATE_KEYS, "model")
+    if data is not None:
+        _check_same(directory, saved["data"], data, tuple(data), "data")
+    return _read(directory, abstract)
+
+
+def restore_params(directory: Path, abstract: TrainState, config: Mapping[str, Any]) -> Any:
+    """Only the parameters of one step directory.
+
+    Raises:
+        Mismatch: it is of another model.
+    """
+    _check_same(directory, _read_json(directory)["config"]["config"], config, MODEL_KEYS, "model")
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            (directory / "state").absolute(),
+            args=ocp.args.PyTreeRestore(
+                item={"params": abstract.params},
+                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract.params}),
+                partial_restore=True,
+            ),
+        )
+    return restored["params"]
+
+
+def _read(directory: Path, abstract: TrainState) -> TrainState:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((directory / "state").absolute(), abstract)
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {directory}; name a step directory, .../checkpoints/<step>")
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return {name: checkpointer.restore((directory / name).absolute()) for name in ("data", "config")}
+
+
+def _check_same(
+    directory: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], keys: tuple[str, ...], what: str
+) -> None:
+    differences = [f"{key}: {saved.get(key)!r} there, {wanted[key]!r} here" for key in keys if saved.get(key) != wanted[key]]
+    if differences:
+        raise Mismatch(
+            f"checkpoint {directory} was made with another {what}:\n  "
+            + "\n  ".join(differences)
+            + "\nuse the values it was made with, or another run_name for a new run; nothing was changed"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"

@@ -1,0 +1,248 @@
+"""The rules a configuration must obey beyond its types: ranges of numbers, and keys that must agree with each other.
+
+In: plain values by key. Out: problems in words, each with what was given, the rule and the fix. Nothing is raised here,
+because the user should see every problem at once. Rules that need the device count wait for `mesh_problems`.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+Values = Mapping[str, Any]
+
+MESH_KEYS = ("ici_data_parallelism", "ici_fsdp_parallelism", "ici_tensor_parallelism")
+REMAT_KEYS = (
+    "decoder_layer_input",
+    "query_proj",
+    "key_proj",
+    "value_proj",
+    "context",
+    "out_proj",
+    "mlpwi_0",
+    "mlpwi_1",
+    "mlpwo",
+)
+
+# Every number in base.yml is in exactly one of these rows: the rule in words, the rule, the keys that obey it.
+LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        """steps log_period checkpoint_period max_num_checkpoints_to_keep base_emb_dim base_num_decoder_layers
+        base_num_query_heads base_num_kv_heads head_dim base_mlp_dim vocab_size rope_max_timescale num_vocab_tiling
+        embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
+        grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps""",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        """z_loss_multiplier grain_worker_count adam_weight_decay gradient_clipping_threshold
+        skip_first_n_steps_for_profiler peak_tflops_per_device""",
+    ),
+    ("from 0 to 2147483647", lambda value: 0 <= value < 2**31, "init_weights_seed data_shuffle_seed"),
+    ("greater than 0", lambda value: value > 0, "learning_rate adam_eps normalization_layer_epsilon initializer_range"),
+    (
+        "-1 or at least 1",
+        lambda value: value == -1 or value >= 1,
+        " ".join(MESH_KEYS) + " num_epoch eval_interval eval_steps learning_rate_schedule_steps",
+    ),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        "sharding_tolerance warmup_steps_fraction learning_rate_final_fraction",
+    ),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_b1 adam_b2"),
+)
+
+
+def out_of_range(values: Values) -> dict[str, str]:
+    """The keys whose number is outside its range, each with the range in words."""
+    return {key: rule for rule, holds, keys in LIMITS for key in keys.split() if not holds(values[key])}
+
+
+def contradictions(values: Values, defaults: Values, ignore: Collection[str]) -> list[str]:
+    """The rules between keys that do not hold, in words.
+
+    Args:
+      ignore: keys already known to be wrong; rules that depend on them are not applied.
+    """
+    return [problem for keys, rule in _RULES if not set(keys) & set(ignore) for problem in rule(values, defaults)]
+
+
+def mesh_problems(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
+    """Why the mesh of a valid config does not fit num_devices devices, in words; empty when it does."""
+    dims = {key: config[key] for key in (*_FSDP_KEYS, *_TENSOR_KEYS)}
+    sizes = {key: config[key] for key in MESH_KEYS}
+    given = math.prod(size for size in sizes.values() if size != -1)
+    product = " x ".join(f"{key}={size}" for key, size in sizes.items() if size != -1) + f" = {given}"
+    filled = [key for key in MESH_KEYS if sizes[key] == -1]
+    if filled and num_devices % given:
+        legal = _one_of(_divisors(num_devices, num_devices))
+        return [
+            f"{product} does not divide the {num_devices} devices, the rest being for {filled[0]}=-1; make it {legal}"
+        ]
+    if filled:
+        return _uneven(dims, {**sizes, filled[0]: num_devices // given}, num_devices)
+    if given == num_devices:
+        return _uneven(dims, sizes, num_devices)
+    fixes = []
+    for key in MESH_KEYS:
+        others = given // sizes[key]
+        if num_devices % others == 0 and not _uneven(dims, {**sizes, key: num_devices // others}, num_devices):
+            fixes.append(f"{key}={num_devices // others}")
+    everything_data = " ".join(f"{key}={size}" for key, size in zip(MESH_KEYS, (-1, 1, 1), strict=True))
+    return [f"{product}, but there are {num_devices} devices; use {_one_of(fixes or [everything_data])}"]
+
+
+def _uneven(dims: Values, sizes: Values, num_devices: int) -> list[str]:
+    """The problems of model dimensions that these mesh sizes, without -1, do not divide."""
+    problems = [*_fsdp({**dims, **sizes}, num_devices), *_tensor({**dims, **sizes}, num_devices)]
+    return [f"on {num_devices} devices, {problem}" for problem in problems]
+
+
+def _one_of(options: Collection[object]) -> str:
+    *first, last = map(str, options)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _divisors(number: int, at_most: int) -> list[int]:
+    return [n for n in range(1, min(number, at_most) + 1) if number % n == 0]
+
+
+def _divides(values: Values, key: str, targets: Collection[str], num_devices: int = 0) -> Iterator[str]:
+    """The problem, if any, of values[key] not dividing the targets; where num_devices is known, the fix divides it."""
+    size = values[key]
+    failing = [f"{target}={values[target]}" for target in targets if size != -1 and values[target] % size]
+    if failing:
+        common = math.gcd(num_devices, *(values[target] for target in targets))
+        legal = _divisors(common, at_most=min(max(8, size), 1024))
+        yield f"{key}={size} does not divide {' and '.join(failing)}; use {_one_of(legal)}"
+
+
+def _fsdp(values: Values, num_devices: int = 0) -> Iterator[str]:
+    yield from _divides(values, "ici_fsdp_parallelism", ["base_emb_dim"], num_devices)
+
+
+def _tensor(values: Values, num_devices: int = 0) -> Iterator[str]:
+    targets = ["base_num_query_heads", "base_mlp_dim", "vocab_size"]
+    if values["base_num_kv_heads"] > 1:  # a single K/V head (MQA) is replicated over the tensor axis on purpose
+        targets.insert(1, "base_num_kv_heads")
+    yield from _divides(values, "ici_tensor_parallelism", targets, num_devices)
+
+
+def _one_filled_axis(values: Values, _: Values) -> Iterator[str]:
+    filled = [key for key in MESH_KEYS if values[key] == -1]
+    if len(filled) > 1:
+        yield (
+            f"{' and '.join(f'{key}=-1' for key in filled)}: at most one may be -1 (filled with the devices left); "
+            f"keep {filled[0]}=-1 and set {' '.join(f'{key}=1' for key in filled[1:])}"
+        )
+
+
+def _even_head_dim(values: Values, _: Values) -> Iterator[str]:
+    size = values["head_dim"]
+    if size % 2:
+        yield f"head_dim={size} is odd, and RoPE rotates pairs; use head_dim={size + 1}"
+
+
+def _run_name(values: Values, _: Values) -> Iterator[str]:
+    name = values["run_name"]
+    if not name:
+        yield "run_name is not given, and it names the run's directory; add run_name=<name>, such as run_name=first_try"
+    elif name in (".", "..") or name != name.strip() or not name.isprintable() or re.search(r"[/\\]", name):
+        fixed = re.sub(r"[^\w.-]+", "_", name.strip()).strip("._") or "first_try"
+        yield (
+            f"run_name={name!r} is not a plain directory name; use run_name={fixed} "
+            "(the directory above it is base_output_directory)"
+        )
+    elif len(os.fsencode(name)) > 255:
+        yield f"run_name is {len(os.fsencode(name))} bytes long and a directory name may have 255; use a shorter one"
+
+
+def _needs_text(values: Values, defaults: Values) -> Iterator[str]:
+    for key in ("base_output_directory", "data_cache_directory"):
+        if not values[key].strip():
+            yield f"{key} is empty; give a directory, such as {key}={defaults[key]}"
+
+
+def _one_starting_point(values: Values, _: Values) -> Iterator[str]:
+    keys = ("load_full_state_path", "load_parameters_path")
+    if all(values[key] for key in keys):
+        given = " and ".join(f"{key}={values[key]}" for key in keys)
+        yield (
+            f"{given}: a run starts from one checkpoint; keep the first for weights, optimizer and data position, "
+            "or the second for the weights alone"
+        )
+
+
+def _custom_remat(values: Values, defaults: Values) -> Iterator[str]:
+    changed = [f"{key}={values[key]}" for key in REMAT_KEYS if values[key] != defaults[key]]
+    if changed and values["remat_policy"] != "custom":
+        yield (
+            f"{', '.join(changed)} would have no effect, because remat_policy={values['remat_policy']}; "
+            f"use remat_policy=custom or leave {'it' if len(changed) == 1 else 'them'} out"
+        )
+
+
+def _training_files(values: Values, _: Values) -> Iterator[str]:
+    if values["dataset_type"] == "grain":
+        yield from _manifest(values, "grain_train_files")
+        if not values["grain_train_files"]:
+            yield (
+                "dataset_type=grain needs grain_train_files=<directory with a manifest.json>; "
+                "or use dataset_type=embedded, which needs no files"
+            )
+
+
+def _held_out_files(values: Values, _: Values) -> Iterator[str]:
+    if values["dataset_type"] == "grain" and values["eval_interval"] != -1:
+        yield from _manifest(values, "grain_eval_files")
+        if not values["grain_eval_files"]:
+            yield (
+                f"dataset_type=grain with eval_interval={values['eval_interval']} needs "
+                "grain_eval_files=<directory with a manifest.json>; or use eval_interval=-1 for no evaluation"
+            )
+
+
+def _manifest(values: Values, key: str) -> Iterator[str]:
+    """The problem, if any, of the directory of prepared data that values[key] names."""
+    text = values[key]
+    if not text or "://" in text:  # a bucket is looked into when it is opened
+        return
+    folder = Path(text).expanduser()
+    fix = "give a directory made by MaxText/prepare_data.py"
+    if not folder.is_dir():
+        yield f"{key}={text}: there is no such directory; {fix}"
+    elif not (folder / "manifest.json").is_file():
+        yield f"{key}={text}: there is no {folder / 'manifest.json'}; {fix}"
+
+
+_FSDP_KEYS = ("ici_fsdp_parallelism", "base_emb_dim")
+_TENSOR_KEYS = ("ici_tensor_parallelism", "base_num_query_heads", "base_num_kv_heads", "base_mlp_dim", "vocab_size")
+
+# The keys a rule depends on, and the rule.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Values, Values], Iterator[str]]], ...] = (
+    (("run_name",), _run_name),
+    (("base_output_directory", "data_cache_directory"), _needs_text),
+    (("load_full_state_path", "load_parameters_path"), _one_starting_point),
+    (("head_dim",), _even_head_dim),
+    (
+        ("base_num_kv_heads", "base_num_query_heads"),
+        lambda values, _: _divides(values, "base_num_kv_heads", ["base_num_query_heads"]),
+    ),
+    (
+        ("num_vocab_tiling", "max_target_length"),
+        lambda values, _: _divides(values, "num_vocab_tiling", ["max_target_length"]),
+    ),
+    (("remat_policy", *REMAT_KEYS), _custom_remat),
+    (MESH_KEYS, _one_filled_axis),
+    (_FSDP_KEYS, lambda values, _: _fsdp(values)),
+    (_TENSOR_KEYS, lambda values, _: _tensor(values)),
+    (("dataset_type", "grain_train_files"), _training_files),
+    (("dataset_type", "eval_interval", "grain_eval_files"), _held_out_files),
+)

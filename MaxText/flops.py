@@ -1,0 +1,54 @@
+"""Parameter and FLOP counts by arithmetic from the model's shape; nothing is traced.
+
+A multiply-add is two FLOPs and the backward pass twice the forward. Attention is counted causally: half the square, as the
+useful work is; rematerialization is not counted. So an MFU made from these is model FLOPs utilization, not hardware's.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters a model has, and where."""
+
+    total: int
+    embedding: int  # token embedding, and the output projection where it is separate
+
+    @property
+    def other(self) -> int:
+        """All that is not embedding."""
+        return self.total - self.embedding
+
+    def __str__(self) -> str:
+        return f"{self.total:,} ({self.embedding:,} embedding, {self.other:,} other)"
+
+
+def count_parameters(params: Any) -> ParameterCount:
+    """The parameters of a nested dict with the Transformer's names."""
+    size = {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    return ParameterCount(sum(size.values()), size["token_embedder"] + size.get("logits_dense", 0))
+
+
+def flops_per_token(
+    *,
+    dim: int,
+    num_layers: int,
+    num_query_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    mlp_dim: int,
+    vocab_size: int,
+    length: int,
+) -> int:
+    """Training FLOPs of one token in a causal sequence of `length` tokens, forward and backward.
+
+    Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B, with the attention term halved for causality.
+    """
+    projections = dim * head_dim * (2 * num_query_heads + 2 * num_kv_heads)
+    matmul_weights = num_layers * (projections + 3 * dim * mlp_dim) + dim * vocab_size
+    attention = num_layers * 2 * num_query_heads * head_dim * (length + 1) // 2
+    return 6 * (matmul_weights + attention)

@@ -1,0 +1,302 @@
+"""The on-disk format of tokens: ArrayRecord shards of fixed-size blocks, and a manifest that vouches for them.
+
+In: documents as token ids. Out: a directory that a reader cuts windows of any length from. A block is K consecutive
+tokens of the stream "document EOS document EOS ...", so the files do not depend on the training length. Records are
+read by range, `read(i, i + 1)`: the index form `read([i])` costs time in proportion to the records in the file.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from MaxText.input_pipeline.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+BLOCK_TOKENS = 2048
+SHARD_TOKENS = 2**27
+MANIFEST = "manifest.json"
+TOKEN_BYTES = "token_bytes.npy"
+CHECKSUM_AT_OPEN_BYTES = 256 * 10**6  # shards that are together smaller than this are hashed at every open
+CODECS = {"uint16": "uncompressed", "uint32": "zstd:3"}  # compressing half-width ids costs more time than it saves
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file."""
+
+    name: str
+    bytes: int
+    records: int
+    tokens: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory of token blocks holds, where it came from and how to check it."""
+
+    format_version: int
+    block_tokens: int
+    dtype: str
+    codec: str
+    eos_id: int
+    vocab_size: int
+    max_token_id: int
+    tokenizer: dict[str, str]
+    token_bytes_sha256: str
+    shards: tuple[Shard, ...]
+    documents: int
+    tokens: int
+    source_bytes: int
+    dropped: dict[str, int]
+    split_rule: str
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """The hash of everything above: the identity of the data, for checkpoints and for comparing hosts."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write manifest.json whole or not at all."""
+        content = dataclasses.asdict(self) | {"sha256": self.sha256}
+        temporary = directory / f"{MANIFEST}.tmp"
+        with temporary.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(directory / MANIFEST)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Manifest":
+        """The manifest of a directory.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, edited or of another format.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} holds no prepared data: there is no {MANIFEST} in it")
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"its format is {content['format_version']}, this program reads {FORMAT_VERSION}")
+            claimed = content.pop("sha256")
+            manifest = cls(**content | {"shards": tuple(Shard(**shard) for shard in content["shards"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is refused: {error!r}; prepare the data again") from error
+        if manifest.sha256 != claimed:
+            raise ValueError(f"{path} is refused: it was edited after it was written; prepare the data again")
+        return manifest
+
+
+class TokenBlockWriter:
+    """Writes documents as token blocks; the directory counts as prepared only once `finish` has returned."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, block_tokens: int, shard_tokens: int):
+        """Args:
+        shard_tokens: a new shard is begun with the first document after this many tokens; none is ever split.
+        """
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._block_tokens = block_tokens
+        self._shard_tokens = shard_tokens
+        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self._shards: list[Shard] = []
+        self._writer: Any = None
+        self._pending: list[np.ndarray] = []  # tokens of the open shard that do not yet fill a block
+        self._pending_tokens = self._tokens = self._documents = self._records = 0  # of the open shard
+        self._max_token_id = self._source_bytes = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, documents: Iterable[Sequence[int]], source_bytes: int) -> int:
+        """Append the documents, each followed by EOS; returns the number of tokens written."""
+        eos_id, vocab_size = self._tokenizer.eos_id, self._tokenizer.vocab_size
+        written = 0
+        for document in documents:
+            ids = np.fromiter((*document, eos_id), np.int64, len(document) + 1)
+            if not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise ValueError(f"token ids {ids.min()}..{ids.max()} are outside the tokenizer's 0..{vocab_size - 1}")
+            if (ids[:-1] == eos_id).any():
+                raise ValueError(f"a document contains the end-of-text id {eos_id}; encode special tokens as text")
+            if self._writer is not None and self._tokens >= self._shard_tokens:
+                self._close_shard()
+            self._max_token_id = max(self._max_token_id, int(ids.max()))
+            self._append(ids.astype(self._dtype))
+            written += ids.size
+        self._source_bytes += source_bytes
+        return written
+
+    def finish(self, source: str, split_rule: str, dropped: dict[str, int]) -> Manifest:
+        """Close the last shard and write the manifest.
+
+        Args:
+            source: where the texts came from, in words.
+            split_rule: how held-out documents were told from the others, in words.
+            dropped: the number of documents left out, by reason.
+        """
+        if self._writer is not None:
+            self._close_shard()
+        if not self._shards:
+            raise ValueError(f"{self._directory}: there is not one document to write")
+        sizes_path = self._directory / TOKEN_BYTES
+        np.save(sizes_path, self._tokenizer.token_bytes())
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            block_tokens=self._block_tokens,
+            dtype=self._dtype.name,
+            codec=CODECS[self._dtype.name],
+            eos_id=self._tokenizer.eos_id,
+            vocab_size=self._tokenizer.vocab_size,
+            max_token_id=self._max_token_id,
+            tokenizer={"name": self._tokenizer.name, "sha256": self._tokenizer.fingerprint},
+            token_bytes_sha256=file_sha256(sizes_path),
+            shards=tuple(self._shards),
+            documents=sum(shard.documents for shard in self._shards),
+            tokens=sum(shard.tokens for shard in self._shards),
+            source_bytes=self._source_bytes,
+            dropped=dropped,
+            split_rule=split_rule,
+            source=source,
+        )
+        manifest.save(self._directory)
+        return manifest
+
+    def _append(self, ids: np.ndarray) -> None:
+        if self._writer is None:
+            from array_record.python.array_record_module import ArrayRecordWriter
+
+            options = f"group_size:1,{CODECS[self._dtype.name]}"
+            self._writer = ArrayRecordWriter(str(self._shard_path().with_suffix(".tmp")), options)
+        self._pending.append(ids)
+        self._pending_tokens += ids.size
+        self._tokens += ids.size
+        self._documents += 1
+        if self._pending_tokens >= self._block_tokens:
+            self._write_blocks(whole_blocks_only=True)
+
+    def _write_blocks(self, whole_blocks_only: bool) -> None:
+        tokens = np.concatenate(self._pending)
+        end = tokens.size // self._block_tokens * self._block_tokens if whole_blocks_only else tokens.size
+        for start in range(0, end, self._block_tokens):
+            self._writer.write(tokens[start : min(start + self._block_tokens, end)].tobytes())
+            self._records += 1
+        self._pending = [tokens[end:]]
+        self._pending_tokens = tokens.size - end
+
+    def _shard_path(self) -> Path:
+        return self._directory / f"tokens-{len(self._shards):05d}.array_record"
+
+    def _close_shard(self) -> None:
+        if self._pending_tokens:
+            self._write_blocks(whole_blocks_only=False)
+        self._writer.close()
+        path = self._shard_path()
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if (records := _open_array_record(temporary).num_records()) != self._records:
+            raise OSError(f"{temporary}: {records} of {self._records} records arrived on the disk; is it full?")
+        temporary.rename(path)
+        self._shards.append(
+            Shard(path.name, path.stat().st_size, self._records, self._tokens, self._documents, file_sha256(path))
+        )
+        self._writer, self._pending = None, []
+        self._pending_tokens = self._tokens = self._documents = self._records = 0
+
+
+class TokenBlockReader:
+    """Reads any stretch of tokens of a shard. Safe to use from several threads at once."""
+
+    def __init__(self, directory: str | Path, vocab_size: int):
+        """Open and check every shard: present, of the right size and record count; hashed too if all are small.
+
+        Args:
+            vocab_size: the model's; every token id has to be below it.
+        Raises:
+            FileNotFoundError: the manifest or a shard is missing.
+            ValueError: something is damaged or edited, or a token id does not fit the model.
+        """
+        self.directory = Path(directory).expanduser()
+        self.manifest = Manifest.load(self.directory)
+        if self.manifest.max_token_id >= vocab_size:
+            raise ValueError(
+                f"{self.directory}: its largest token id, {self.manifest.max_token_id}, is not below "
+                f"vocab_size={vocab_size}; it was made with the tokenizer {self.manifest.tokenizer['name']} of "
+                f"{self.manifest.vocab_size} entries; set vocab_size to at least that"
+            )
+        self.dtype = np.dtype(self.manifest.dtype)
+        self._itemsize = self.dtype.itemsize
+        self._block_tokens = self.manifest.block_tokens
+        self._paths = [self.directory / shard.name for shard in self.manifest.shards]
+        for path, shard in zip(self._paths, self.manifest.shards, strict=True):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; {MANIFEST} lists it; prepare the data again")
+            if (size := path.stat().st_size) != shard.bytes:
+                raise ValueError(f"{path} is refused: {size:,} bytes where {MANIFEST} says {shard.bytes:,}")
+        if sum(shard.bytes for shard in self.manifest.shards) < CHECKSUM_AT_OPEN_BYTES:
+            self.verify()
+        self._readers = [_open_array_record(path) for path in self._paths]
+        for path, shard, reader in zip(self._paths, self.manifest.shards, self._readers, strict=True):
+            if (records := reader.num_records()) != shard.records:
+                raise ValueError(f"{path} is refused: {records:,} records where {MANIFEST} says {shard.records:,}")
+
+    def verify(self) -> None:
+        """Hash every shard and compare with the manifest.
+
+        Raises:
+            ValueError: a shard is not what was written.
+        """
+        for path, shard in zip(self._paths, self.manifest.shards, strict=True):
+            if file_sha256(path) != shard.sha256:
+                raise ValueError(f"{path} is refused: its content is not what was written (sha256); prepare it again")
+
+    def read(self, shard: int, start: int, size: int) -> bytes:
+        """`size` tokens of a shard from position `start` on, as the raw bytes of `dtype`: cheap to join for a batch.
+
+        Raises:
+            ValueError: a record is damaged.
+        """
+        first = start // self._block_tokens
+        last = (start + size - 1) // self._block_tokens
+        read = self._readers[shard].read
+        try:  # one record a call: a longer range starts threads, which costs more than it saves
+            data = read(first, first + 1)[0]
+            for record in range(first + 1, last + 1):
+                data += read(record, record + 1)[0]
+        except Exception as error:
+            raise ValueError(f"{self._paths[shard]}: records {first} to {last} are damaged ({error})") from error
+        begin = (start - first * self._block_tokens) * self._itemsize
+        return data[begin : begin + size * self._itemsize]
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [tokenizer's vocabulary]: the UTF-8 bytes of each token.
+
+        Raises:
+            ValueError: the file is missing or edited.
+        """
+        path = self.directory / TOKEN_BYTES
+        if not path.is_file() or file_sha256(path) != self.manifest.token_bytes_sha256:
+            raise ValueError(f"{path} is missing or not what was written (sha256); prepare the data again")
+        return np.load(path)
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_array_record(path: Path) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(str(path), "readahead_buffer_size:0")

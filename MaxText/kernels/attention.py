@@ -1,0 +1,44 @@
+"""The one attention entry point: picks an implementation by name and says once which.
+
+In and out are as in `attention_reference`. An implementation is a plain function with that signature.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+from jaxtyping import Array, Float, Int
+
+from MaxText.kernels import attention_reference
+
+_LOG = logging.getLogger("MaxText")
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"dot_product": attention_reference.attention_reference}
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    implementation: str,
+) -> Float[Array, "B T N H"]:
+    """Causal attention within each document of each row.
+
+    Args:
+        implementation: `autoselected` or a key of IMPLEMENTATIONS.
+
+    Raises:
+        ValueError: no such implementation.
+    """
+    name = "dot_product" if implementation == "autoselected" else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention={name!r} is none of autoselected, {', '.join(IMPLEMENTATIONS)}")
+    _log_choice(implementation, name)
+    return IMPLEMENTATIONS[name](query, key, value, segment_ids)
+
+
+@functools.cache
+def _log_choice(asked: str, chosen: str) -> None:
+    _LOG.info("attention=%s: using %s", asked, chosen)

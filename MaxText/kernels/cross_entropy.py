@@ -1,0 +1,139 @@
+"""Softmax cross-entropy with z-loss, straight from hidden states, so that the whole [B, T, V] logits never exist.
+
+`cross_entropy_reference` is the plain oracle. `cross_entropy` cuts the sequence into chunks and, when it is differentiated,
+computes the gradients' ingredients in the forward pass: each chunk's logits are made once and never kept or recomputed.
+It runs under shard_map: rows are split over the batch axes, the vocabulary over the vocabulary axis, and the gradient of the
+unembedding is summed locally over all chunks before it crosses the network once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+Sums = tuple[Float[Array, ""], Float[Array, ""]]  # (nll + z-loss, nll), each summed over weighted tokens
+
+
+def cross_entropy_reference(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    z_loss_multiplier: float,
+) -> Sums:
+    """Summed loss with z-loss, and summed negative log-likelihood in nats.
+
+    Source: z-loss: Chowdhery et al. 2022, arXiv:2204.02311, section 5.
+    """
+    logits = jnp.einsum("btd,vd->btv", hidden, unembedding, preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll_sum = jnp.sum(nll * weights)
+    return nll_sum + z_loss_multiplier * jnp.sum(jnp.square(log_z) * weights), nll_sum
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    unembedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    z_loss_multiplier: float,
+    num_chunks: int,
+    batch_axes: tuple[str, ...],
+    vocab_axis: str,
+) -> Sums:
+    """As `cross_entropy_reference`, in chunks, on the current mesh. The second result is not differentiable.
+
+    Args:
+        num_chunks: divides T.
+        batch_axes: mesh axes the rows are split over.
+        vocab_axis: mesh axis the vocabulary is split over; its size divides V.
+    """
+    sums, _ = _run(hidden, unembedding, targets, weights, z_loss_multiplier, num_chunks, batch_axes, vocab_axis, False)
+    return sums
+
+
+def _forward(hidden, unembedding, targets, weights, z_loss_multiplier, num_chunks, batch_axes, vocab_axis):
+    sums, (d_hidden, d_unembedding) = _run(
+        hidden, unembedding, targets, weights, z_loss_multiplier, num_chunks, batch_axes, vocab_axis, True
+    )
+    return sums, (d_hidden, d_unembedding.astype(unembedding.dtype))
+
+
+def _backward(z_loss_multiplier, num_chunks, batch_axes, vocab_axis, residuals, cotangents):
+    d_hidden, d_unembedding = residuals
+    scale = cotangents[0]
+    return d_hidden * scale.astype(d_hidden.dtype), d_unembedding * scale.astype(d_unembedding.dtype), None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _run(hidden, unembedding, targets, weights, z_loss_multiplier, num_chunks, batch_axes, vocab_axis, with_gradients):
+    """((loss, nll), (d_hidden, d_unembedding) or None) on the current mesh.
+
+    The products are made in the dtype of hidden; the gradient of the unembedding is summed, and crosses the network, in
+    float32.
+    """
+    rows, vocab = PartitionSpec(batch_axes), PartitionSpec(vocab_axis)
+    scalar = PartitionSpec()
+    local = functools.partial(
+        _local,
+        z_loss_multiplier=z_loss_multiplier,
+        num_chunks=num_chunks,
+        batch_axes=batch_axes,
+        vocab_axis=vocab_axis,
+        with_gradients=with_gradients,
+    )
+    out_specs = ((scalar, scalar), (rows, vocab) if with_gradients else None)
+    mapped = jax.shard_map(local, in_specs=(rows, vocab, rows, rows), out_specs=out_specs, check_vma=False)
+    return mapped(hidden, unembedding.astype(hidden.dtype), targets, weights)
+
+
+def _local(
+    hidden, unembedding, targets, weights, *, z_loss_multiplier, num_chunks, batch_axes, vocab_axis, with_gradients
+):
+    """One device's share: its rows against its slice of the vocabulary."""
+    batch, length, dim = hidden.shape
+    vocab_start = jax.lax.axis_index(vocab_axis) * unembedding.shape[0]
+    local_ids = jnp.arange(unembedding.shape[0])
+
+    def chunked(x):
+        return jnp.moveaxis(x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]), 1, 0)
+
+    def chunk_step(carry, chunk):
+        loss_sum, nll_sum, d_unembedding = carry
+        x, target, weight = chunk
+        logits = jnp.einsum("btd,vd->btv", x, unembedding, preferred_element_type=jnp.float32)
+        maximum = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axis)
+        exponentials = jnp.exp(logits - maximum[..., None])
+        normalizer = jax.lax.psum(jnp.sum(exponentials, axis=-1), vocab_axis)
+        log_z = jnp.log(normalizer) + maximum
+        is_target = local_ids == (target - vocab_start)[..., None]
+        target_logit = jax.lax.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab_axis)
+        nll = jnp.sum((log_z - target_logit) * weight)
+        loss = nll + z_loss_multiplier * jnp.sum(jnp.square(log_z) * weight)
+        d_x = None
+        if with_gradients:
+            slope = weight * (1 + 2 * z_loss_multiplier * log_z) / normalizer
+            d_logits = exponentials * slope[..., None] - jnp.where(is_target, weight[..., None], 0)
+            d_logits = d_logits.astype(x.dtype)
+            d_x = jax.lax.psum(jnp.einsum("btv,vd->btd", d_logits, unembedding), vocab_axis)
+            d_unembedding += jnp.einsum("btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32)
+        return (loss_sum + loss, nll_sum + nll, d_unembedding), d_x
+
+    zero = jnp.zeros((), jnp.float32)
+    d_unembedding = jnp.zeros(unembedding.shape, jnp.float32) if with_gradients else None
+    carry, d_hidden = jax.lax.scan(
+        chunk_step, (zero, zero, d_unembedding), (chunked(hidden), chunked(targets), chunked(weights))
+    )
+    loss_sum, nll_sum, d_unembedding = carry
+    sums = jax.lax.psum((loss_sum, nll_sum), batch_axes)
+    if not with_gradients:
+        return sums, None
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
+    return sums, (d_hidden, jax.lax.psum(d_unembedding, batch_axes))

@@ -1,0 +1,80 @@
+"""Where the numbers go: the console's lines, metrics.jsonl and TensorBoard.
+
+In: plain floats under the metric names. JSON lines are always written, appended and flushed line by line, so that a killed
+run leaves whole lines; a resumed run appends, and a reader takes the last line of a step.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricLogger:
+    """Writes the metrics of one run.
+
+    Args:
+        directory: the run directory.
+        emit: prints one line.
+    """
+
+    def __init__(self, directory: Path, *, enable_tensorboard: bool, emit: Callable[[str], None]):
+        self.jsonl = directory / "metrics" / "metrics.jsonl"
+        self.tensorboard = directory / "tensorboard" if enable_tensorboard else None
+        self._emit = emit
+        self._writer: Any = None
+        self.jsonl.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.jsonl.open("a", encoding="utf-8")
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Reports the step: its line on the console first."""
+        self._emit(train_line(step, metrics))
+        self._write(step, metrics)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Reports an evaluation after the step."""
+        self._emit(eval_line(step, metrics))
+        self._write(step, metrics)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        record = {"step": step, "time": round(time.time(), 3), **metrics}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self.tensorboard is None:
+            return
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.tensorboard), flush_secs=10)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def train_line(step: int, metrics: Mapping[str, float]) -> str:
+    """MaxText's line, byte for byte up to the loss; what is ours comes after it."""
+    mfu = metrics.get("perf/mfu")
+    return (
+        f"completed step: {step}, seconds: {metrics['perf/step_time_seconds']:.3f}, "
+        f"TFLOP/s/device: {metrics['perf/per_device_tflops_per_sec']:.3f}, "
+        f"Tokens/s/device: {metrics['perf/per_device_tokens_per_sec']:.3f}, "
+        f"total_weights: {int(metrics['learning/total_weights'])}, loss: {metrics['learning/loss']:.3f}"
+        f", MFU: {mfu:.1%}, lr: {metrics['learning/current_learning_rate']:.2e}, "
+        f"grad_norm: {metrics['learning/raw_grad_norm']:.3f}"
+    )
+
+
+def eval_line(step: int, metrics: Mapping[str, float]) -> str:
+    """MaxText's evaluation line, and bits per byte where the data has bytes."""
+    line = (
+        f"Completed eval after train step {step}, loss={metrics['eval/avg_loss']:.3f}, "
+        f"perplexity={metrics['eval/avg_perplexity']:.3f}, total_weights={int(metrics['eval/total_weights'])}"
+    )
+    bits = metrics.get("eval/bits_per_byte")
+    return line if bits is None else f"{line}, bits_per_byte={bits:.4f}"

@@ -1,0 +1,384 @@
+"""The whole of training: config -> mesh -> model -> data -> state -> loop.
+
+While the step compiles in a thread, the data is opened and the state is made. Step N is dispatched before the metrics of step
+N-1 are fetched, so the device never waits for the host; before anything is saved the step in flight is fetched and checked,
+so no checkpoint can hold a value that is not finite.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import FrozenConfigDict
+
+from MaxText import (
+    checkpointing,
+    config_rules,
+    goodput,
+    metric_logger,
+    models,
+    profiler,
+    pyconfig,
+    sharding,
+    train_report,
+    train_state,
+    train_step,
+)
+from MaxText.input_pipeline import device, loader
+from MaxText.train_report import Console
+from MaxText.train_state import TrainState
+
+EXIT_COMPLETE = 0
+EXIT_RESUME = 75  # stopped by a signal after saving; the same command continues
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a config means on these devices; nothing is allocated or compiled yet."""
+
+    config: FrozenConfigDict
+    mesh: jax.sharding.Mesh
+    model: models.AbstractModel
+    abstract_state: TrainState
+    global_batch_size: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions in one step's batch."""
+        return self.global_batch_size * self.config.max_target_length
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.config.base_output_directory).expanduser() / self.config.run_name
+
+    @property
+    def num_local_devices(self) -> int:
+        """Devices of the mesh that this process drives."""
+        return len(self.mesh.local_devices)
+
+
+def make_job(config: FrozenConfigDict) -> Job:
+    """The mesh and the abstract model and state.
+
+    Raises:
+        ValueError: the config does not fit the devices.
+    """
+    problems = config_rules.mesh_problems(config, jax.device_count())
+    if problems:
+        raise pyconfig.ConfigError(problems)
+    sizes = [config[f"ici_{axis}_parallelism"] for axis in sharding.MESH_AXES]
+    mesh = sharding.make_mesh(sizes, jax.devices())
+    model = models.abstract(config)
+    abstract = train_state.abstract_train_state(config, model, mesh)
+    rows = config.per_device_batch_size * mesh.size * config.gradient_accumulation_steps
+    return Job(config, mesh, model, abstract, rows)
+
+
+def lower(job: Job) -> jax.stages.Lowered:
+    """The training step of the job, traced and lowered for its mesh."""
+    step = train_step.make_train_step(job.config, job.model, job.abstract_state, job.mesh)
+    batch = train_step.abstract_batch(job.global_batch_size, job.config.max_target_length, job.mesh)
+    with jax.set_mesh(job.mesh):
+        return step.lower(job.abstract_state, batch)
+
+
+def configure_jax(config: FrozenConfigDict) -> None:
+    """Sets the process-wide options: compilation cache, precision."""
+    if config.jax_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    precision = None if config.matmul_precision == "default" else config.matmul_precision
+    jax.config.update("jax_default_matmul_precision", precision)
+
+
+def dry_run(config: FrozenConfigDict, console: Console) -> int:
+    """Says all that a run would say before its first step, and compiles the step; allocates and writes nothing."""
+    configure_jax(config)
+    job = make_job(config)
+    for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
+        console.emit(line)
+    console.emit(loader.preview(config))
+    console.emit(train_report.compiled_memory(lower(job).compile()))
+    console.emit("Dry run: nothing was written")
+    return EXIT_COMPLETE
+
+
+def train(config: FrozenConfigDict, console: Console, started: float) -> int:
+    """Runs or resumes the training that the config describes; the result is the process's exit code.
+
+    Args:
+        started: the `time.perf_counter()` reading at the process's start.
+
+    Raises:
+        ValueError, OSError: the config does not fit the devices, the data or the run directory.
+        FloatingPointError: the loss or the gradient is not finite; nothing was saved after that.
+    """
+    ledger = goodput.TimeLedger(started)
+    configure_jax(config)
+    job = make_job(config)
+    for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
+        console.emit(line)
+    _make_run_directory(job)
+    with ledger.charge("compile"):
+        lowered = lower(job)
+    with futures.ThreadPoolExecutor(1) as background, jax.set_mesh(job.mesh):
+        compiling = background.submit(lowered.compile)
+        data = loader.open_datasets(config, console.emit)
+        console.emit(data.description)
+        loader.check_epochs(config.steps, job.global_batch_size, data.train.num_windows, config.num_epoch)
+        run = Run(job, data, console, ledger)
+        with ledger.charge("restore"):
+            state = run.restore_or_initialize()
+        with ledger.charge("compile"):
+            compiled = compiling.result()
+        console.emit(train_report.compiled_memory(compiled))
+        return run.loop(compiled, state)
+
+
+class Run:
+    """One launch: the loop and what it reports, evaluates and saves."""
+
+    def __init__(self, job: Job, data: loader.Datasets, console: Console, ledger: goodput.TimeLedger):
+        config = job.config
+        self.job, self.data, self.console, self.ledger = job, data, console, ledger
+        self.metrics = metric_logger.MetricLogger(
+            job.directory, enable_tensorboard=config.enable_tensorboard, emit=console.emit
+        )
+        self.checkpointer = checkpointing.Checkpointer(
+            job.directory / "checkpoints",
+            json.loads((job.directory / "environment.json").read_text()) | {"config": config.to_dict()},
+            keep=config.max_num_checkpoints_to_keep,
+            asynchronous=config.async_checkpointing,
+        )
+        self.timer = goodput.StepTimer()
+        self.last: dict[str, float] = {}  # the newest value of every metric
+        self.peak_flops = 0.0
+        self._eval_step: Any = None
+
+    def restore_or_initialize(self) -> TrainState:
+        """The state to go on from: this run's newest checkpoint, else the one the config names, else a fresh one."""
+        job, config = self.job, self.job.config
+        resolved = config.to_dict()
+        if config.enable_checkpointing:
+            state = self.checkpointer.restore_newest(job.abstract_state, self.data_position())
+            if state is not None:
+                self.console.emit(f"Resuming after step {int(state.step):,} from {self.checkpointer.directory}")
+                return state
+        if config.load_full_state_path:
+            path = Path(config.load_full_state_path).expanduser()
+            self.console.emit(f"Starting from the full state in {path}")
+            return checkpointing.restore_step(path, job.abstract_state, resolved, self.data_position())
+        state = train_state.initial_train_state(config, job.abstract_state)
+        if config.load_parameters_path:
+            path = Path(config.load_parameters_path).expanduser()
+            self.console.emit(f"Starting from the weights in {path}")
+            params = checkpointing.restore_params(path, job.abstract_state, resolved)
+            state = dataclasses.replace(state, params=params)
+        return state
+
+    def data_position(self) -> dict[str, Any]:
+        """What, with the step, determines every batch to come; a resumed run must have the same."""
+        config, manifest = self.job.config, self.data.train.manifest
+        return {
+            "dataset": "synthetic" if manifest is None else manifest.sha256,
+            "data_shuffle_seed": config.data_shuffle_seed if config.enable_data_shuffling else -1,
+            "max_target_length": config.max_target_length,
+            "global_batch_size": self.job.global_batch_size,
+        }
+
+    def loop(self, compiled: jax.stages.Compiled, state: TrainState) -> int:
+        """Trains to the last step, or until a signal; saves at the end."""
+        config, ledger = self.job.config, self.ledger
+        first = int(state.step)
+        if first >= config.steps:
+            self.console.emit(f"The run is complete: {first:,} steps are done; raise steps={config.steps} to train on")
+            return EXIT_COMPLETE
+        profile = profiler.Profiler(
+            self.job.directory / "tensorboard",
+            enabled=config.profiler == "xplane",
+            first=config.skip_first_n_steps_for_profiler,
+            steps=config.profiler_steps,
+        )
+        batches = self._batches(first)
+        in_flight: tuple[int, dict[str, jax.Array]] | None = None
+        with StopSignals(self.console) as stop:
+            for step in range(first + 1, config.steps + 1):
+                with ledger.charge("data wait"):
+                    batch = next(batches)
+                profile.before_step(step - first - 1)
+                with ledger.charge("step"):
+                    if in_flight is None:
+                        self.timer.resume()
+                    state, metrics = compiled(state, batch)
+                    if in_flight is not None:
+                        self._fetch(*in_flight)
+                    in_flight = (step, metrics)
+                last = step == config.steps or stop.requested
+                evaluate = self.data.evaluation is not None and config.eval_interval > 0
+                evaluate = evaluate and (step == config.steps or step % config.eval_interval == 0)
+                save = config.enable_checkpointing and (last or step % config.checkpoint_period == 0)
+                if step == first + 1 or last or evaluate or save:
+                    with ledger.charge("step"):
+                        self._fetch(*in_flight)
+                    in_flight = None
+                if step == first + 1:
+                    self.console.start_bar(step, config.steps)
+                if evaluate:
+                    self._evaluate(step, state.params)
+                if save:
+                    with ledger.charge("save"):
+                        self.checkpointer.save(state, step, self.data_position())
+                if last:
+                    break
+        profile.close()
+        self._close(step, step - first)
+        return EXIT_COMPLETE if step == config.steps else EXIT_RESUME
+
+    def _batches(self, first: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of all steps to come. The first is made at once, so that reading ahead starts while it is used."""
+        config = self.job.config
+        where = sharding.batch_sharding(self.job.mesh)
+
+        def make(step: int) -> dict[str, jax.Array]:
+            return device.global_batch(self.data.train, step, self.job.global_batch_size, where)
+
+        yield make(first)
+        yield from loader.read_ahead(
+            make,
+            first + 1,
+            config.steps - first - 1,
+            num_threads=config.grain_worker_count,
+            buffer_size=config.grain_prefetch_buffer_size,
+        )
+
+    def _fetch(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Waits for a step's metrics, checks them, and reports them where that is due."""
+        metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
+        self.timer.completed()
+        if not (math.isfinite(metrics["learning/loss"]) and math.isfinite(metrics["learning/raw_grad_norm"])):
+            raise FloatingPointError(
+                f"step {step}: loss={metrics['learning/loss']}, gradient norm={metrics['learning/raw_grad_norm']}. Nothing "
+                f"was saved after it; the same command resumes from the last checkpoint in {self.checkpointer.directory}. "
+                "A lower learning_rate or gradient_clipping_threshold may help"
+            )
+        self.last |= metrics
+        if step % self.job.config.log_period == 0 or self.peak_flops == 0.0 or step == self.job.config.steps:
+            self._report(step, metrics)
+        self.console.step(metrics["learning/loss"])
+
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        config = self.job.config
+        if self.peak_flops == 0.0:
+            devices = self.job.mesh.local_devices
+            self.peak_flops, source = train_report.peak_flops(config, devices[0], len(devices))
+            self.console.emit(f"MFU is measured against {self.peak_flops / 1e12:.3f} TFLOP/s per device: {source}")
+        seconds = self.timer.lap()
+        tokens_per_second = self.job.tokens_per_step / self.job.mesh.size / seconds
+        flops_per_second = tokens_per_second * train_report.model_flops_per_token(config)
+        self.metrics.train(
+            step,
+            metrics
+            | {
+                "perf/step_time_seconds": seconds,
+                "perf/per_device_tflops_per_sec": flops_per_second / 1e12,
+                "perf/per_device_tokens_per_sec": tokens_per_second,
+                "perf/mfu": flops_per_second / self.peak_flops,
+            },
+        )
+
+    def _evaluate(self, step: int, params: Any) -> None:
+        """Loss, perplexity and bits per byte on the held-out data, with no training step under way."""
+        job, config, dataset = self.job, self.job.config, self.data.evaluation
+        rows = config.eval_per_device_batch_size * job.mesh.size
+        where = sharding.batch_sharding(job.mesh)
+        token_bytes = self.data.token_bytes
+        if token_bytes is None:
+            token_bytes = np.zeros(config.vocab_size, np.int32)
+        if self._eval_step is None:
+            with self.ledger.charge("compile"):
+                eval_step = train_step.make_eval_step(config, job.model, job.abstract_state, job.mesh)
+                batch = train_step.abstract_batch(rows, config.max_target_length, job.mesh)
+                self._eval_step = eval_step.lower(params, batch, token_bytes).compile()
+        with self.ledger.charge("eval"):
+            available = dataset.num_batches(rows)
+            count = available if config.eval_steps == -1 else min(config.eval_steps, available)
+            batches = (device.global_batch(dataset, index, rows, where) for index in range(count))
+            sums = [jax.device_get(self._eval_step(params, batch, token_bytes)) for batch in batches]
+        nll, weights, num_bytes = (float(sum(s[key] for s in sums)) for key in ("nll", "total_weights", "bytes"))
+        loss = nll / max(weights, 1.0)
+        metrics = {"eval/avg_loss": loss, "eval/avg_perplexity": math.exp(loss), "eval/total_weights": weights}
+        if num_bytes:
+            metrics["eval/bits_per_byte"] = nll / math.log(2) / num_bytes
+        self.last |= metrics
+        self.metrics.evaluation(step, metrics)
+
+    def _close(self, step: int, steps: int) -> None:
+        """Waits for the last save, and says what was done and where it is."""
+        config, directory = self.job.config, self.job.directory
+        if config.enable_checkpointing:
+            with self.ledger.charge("save"):
+                self.checkpointer.close()
+        self.metrics.close()
+        self.console.close()
+        for line in train_report.closing(self.ledger.seconds(), steps, steps * self.job.tokens_per_step, self.last):
+            self.console.emit(line)
+        if config.enable_checkpointing:
+            self.console.emit(f"Checkpoint: {directory / 'checkpoints' / str(step)}")
+        self.console.emit(f"Metrics: {self.metrics.jsonl}")
+        if config.enable_tensorboard:
+            self.console.emit(f"TensorBoard: tensorboard --logdir {self.metrics.tensorboard}")
+        if step < config.steps:
+            self.console.emit(f"Stopped after step {step:,} of {config.steps:,}; the same command resumes")
+
+
+class StopSignals:
+    """While entered, SIGTERM and SIGINT ask the loop to save and stop; a second one ends the process at once."""
+
+    def __init__(self, console: Console):
+        self.requested = False
+        self._console = console
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.requested = True
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+        self._console.emit(f"{signal.Signals(number).name}: saving after this step, then stopping; once more to stop now")
+
+
+def _make_run_directory(job: Job) -> None:
+    """Makes the run directory and writes into it what the run is.
+
+    Raises:
+        OSError: it cannot be written, or is too small for a checkpoint.
+    """
+    directory = job.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yml").write_text(pyconfig.to_yaml(job.config))
+        info = train_report.run_info(job.config, str(Path(__file__).parent))
+        (directory / "environment.json").write_text(json.dumps(info, indent=1) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"cannot write the run directory {directory}: {error}; set base_output_directory to one that can be written"
+        ) from error
+    if job.config.enable_checkpointing:
+        checkpointing.check_free_space(directory, job.abstract_state)

@@ -1,0 +1,144 @@
+"""The training step and the evaluation step: pure functions from a factory, the only place gradients are taken.
+
+The loss is sum(loss * weight) / sum(weight) over the whole global batch, in float32. Gradients are accumulated as sums and
+divided once, so neither the mesh nor the number of accumulation steps changes what is computed.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from MaxText import models, optimizers, sharding, train_state
+from MaxText.kernels import cross_entropy
+from MaxText.train_state import TrainState
+
+Batch = Mapping[str, jax.Array]  # [B, T] int32 each
+Metrics = dict[str, jax.Array]  # float32 scalars
+
+BATCH_KEYS = (
+    "inputs",
+    "targets",
+    "inputs_position",
+    "inputs_segmentation",
+    "targets_position",
+    "targets_segmentation",
+)
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of a global batch of `rows` sequences."""
+    leaf = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    return dict.fromkeys(BATCH_KEYS, leaf)
+
+
+def loss_sums(
+    config: FrozenConfigDict, model: models.AbstractModel, params: Any, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """The loss summed over the batch's weighted tokens, and the sums its metrics are made of."""
+    transformer = model.merge(params)
+    hidden = transformer(batch["inputs"], batch["inputs_position"], batch["inputs_segmentation"])
+    weights = (batch["targets_segmentation"] != 0).astype(jnp.float32)
+    loss, nll = cross_entropy.cross_entropy(
+        hidden,
+        transformer.unembedding,
+        batch["targets"],
+        weights,
+        config.z_loss_multiplier,
+        config.num_vocab_tiling,
+        sharding.BATCH_AXES,
+        sharding.VOCAB_AXIS,
+    )
+    return loss, {"loss": loss, "lm_loss": nll, "total_weights": jnp.sum(weights)}
+
+
+def make_train_step(
+    config: FrozenConfigDict, model: models.AbstractModel, abstract: TrainState, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted (state, batch) -> (state, metrics). The state is donated; call and lower it under `jax.set_mesh(mesh)`."""
+    optimizer = optimizers.make_optimizer(config)
+    schedule = optimizers.learning_rate_schedule(config)
+    gradient = jax.grad(functools.partial(loss_sums, config, model), has_aux=True)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, sums = _accumulate(gradient, state.params, batch, config.gradient_accumulation_steps)
+        total_weights = jnp.maximum(sums["total_weights"], 1.0)
+        gradients = jax.tree.map(lambda g: g / total_weights, gradients)
+        raw_grad_norm = optax.global_norm(gradients)
+        threshold = config.gradient_clipping_threshold
+        scale = jnp.minimum(1.0, threshold / raw_grad_norm) if threshold > 0 else jnp.ones(())
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = _loss_metrics(sums) | {
+            "learning/raw_grad_norm": raw_grad_norm,
+            "learning/grad_norm": raw_grad_norm * scale,
+            "learning/param_norm": optax.global_norm(state.params),
+            "learning/current_learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    places = train_state.shardings(abstract)
+    batch_places = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
+    return jax.jit(
+        train_step,
+        in_shardings=(places, batch_places),
+        out_shardings=(places, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    config: FrozenConfigDict, model: models.AbstractModel, abstract: TrainState, mesh: Mesh
+) -> Callable[[Any, Batch, jax.Array], Metrics]:
+    """The jitted (params, batch, token_bytes [V] int32) -> sums of nll, weights and target bytes."""
+
+    def eval_step(params: Any, batch: Batch, token_bytes: jax.Array) -> Metrics:
+        _, sums = loss_sums(config, model, params, batch)
+        counted = batch["targets_segmentation"] != 0
+        target_bytes = jnp.sum(jnp.where(counted, jnp.take(token_bytes, batch["targets"], mode="clip"), 0))
+        return {"nll": sums["lm_loss"], "total_weights": sums["total_weights"], "bytes": target_bytes}
+
+    everywhere = sharding.replicated(mesh)
+    batch_places = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
+    places = train_state.shardings(abstract).params
+    return jax.jit(eval_step, in_shardings=(places, batch_places, everywhere), out_shardings=everywhere)
+
+
+def _accumulate(gradient: Callable, params: Any, batch: Batch, steps: int) -> tuple[Any, Metrics]:
+    """Gradients and sums over the batch, in `steps` pieces; accumulated in float32."""
+    if steps == 1:
+        gradients, sums = gradient(params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
+
+    def piece(x: jax.Array) -> jax.Array:
+        # Piece i takes every steps-th row, so that each device's rows stay on it.
+        pieces = jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0)
+        return sharding.shard(pieces, None, "activation_batch", "activation_length")
+
+    def add(total: tuple[Any, Metrics], small: Batch) -> tuple[tuple[Any, Metrics], None]:
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradient(params, small)), None
+
+    pieces = {key: piece(value) for key, value in batch.items()}
+    shapes = jax.eval_shape(gradient, params, {key: value[0] for key, value in pieces.items()})
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(add, zeros, pieces)
+    return total
+
+
+def _loss_metrics(sums: Metrics) -> Metrics:
+    total_weights = jnp.maximum(sums["total_weights"], 1.0)
+    lm_loss = sums["lm_loss"] / total_weights
+    loss = sums["loss"] / total_weights
+    return {
+        "learning/loss": loss,
+        "learning/lm_loss": lm_loss,
+        "learning/z_loss": loss - lm_loss,
+        "learning/perplexity": jnp.exp(lm_loss),
+        "learning/total_weights": sums["total_weights"],
+    }

@@ -1,0 +1,45 @@
+"""What every test runs under: 8 CPU devices, rank promotion an error, array shapes checked, compiled programs kept.
+
+The settings are environment variables, because JAX reads them when it is imported and most tests of data and
+configuration never import it. Subprocesses that should see what a user sees take `user_environment` instead.
+"""
+
+import importlib.util
+import os
+import pathlib
+from importlib.metadata import version
+
+import jaxtyping
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+TEST_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # A largest size makes JAX lock the folder, so that parallel workers can share it.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+
+_ADDED = {name: value for name, value in TEST_ENVIRONMENT.items() if name not in os.environ}
+os.environ.update(_ADDED)
+
+# Annotations such as Float[Array, "B T D"] become checks, here only: at run time they cost nothing.
+jaxtyping.install_import_hook("MaxText", "beartype.beartype")
+
+
+@pytest.fixture
+def user_environment() -> dict[str, str]:
+    """The environment without what this file added to it, for subprocesses that stand for a user's command."""
+    return {name: value for name, value in os.environ.items() if name not in _ADDED and name != "PYTHONPATH"}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    torch = f"PyTorch {version('torch')}" if importlib.util.find_spec("torch") else "no PyTorch: parity tests skipped"
+    terminalreporter.write_line(
+        f"JAX {version('jax')} on {os.environ['JAX_PLATFORMS']}, {os.environ['JAX_NUM_CPU_DEVICES']} CPU devices; "
+        f"shapes checked by beartype {version('beartype')}; {torch}"
+    )
