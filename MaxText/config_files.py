@@ -1,9 +1,8 @@
 """What stands in configs/: base.yml as the manual of every key, and a config file with its parents as settings.
 
-In: a path. Out: `Key`s and `Setting`s, each with its file and line; problems in words go to a list, so that the user
-sees them all at once. base.yml is parsed down to its comments (`a | b: meaning` are the legal words of a key), and
-files are composed but not constructed: a setting stays text until the type of its key is known, so that 1e-3, a
-string to YAML, is the same number in a file as on the command line.
+In: a path. Out: `Key`s and `Setting`s with their lines; problems in words go to a list, to be told all at once.
+base.yml is read down to its comments (`a | b: meaning` are a key's legal words). A setting stays text until the type
+of its key is known, so that 1e-3, a string to YAML, is the same number in a file as on the command line.
 """
 
 import dataclasses

@@ -30,8 +30,6 @@ usage: python MaxText/train.py CONFIG.yml [key=value ...] [--dry-run] [--explain
 A value comes from configs/base.yml, then the config file and its parents, then M_<KEY> in the environment
 (M_STEPS=100), then key=value on the command line; the last one wins."""
 
-mesh_problems = config_rules.mesh_problems
-
 
 class ConfigError(ValueError):
     """Everything that is wrong with a configuration, in words for the user, who needs no traceback."""

@@ -57,6 +57,27 @@ def loss_sums(
     return loss, {"loss": loss, "lm_loss": nll, "total_weights": jnp.sum(weights)}
 
 
+def accumulate(gradient: Callable, params: Any, batch: Batch, steps: int) -> tuple[Any, Metrics]:
+    """Gradients and sums over the batch, in `steps` pieces; accumulated in float32."""
+    if steps == 1:
+        gradients, sums = gradient(params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
+
+    def piece(x: jax.Array) -> jax.Array:
+        # Piece i takes every steps-th row, so that each device's rows stay on it.
+        pieces = jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0)
+        return sharding.shard(pieces, None, "activation_batch", "activation_length")
+
+    def add(total: tuple[Any, Metrics], small: Batch) -> tuple[tuple[Any, Metrics], None]:
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradient(params, small)), None
+
+    pieces = {key: piece(value) for key, value in batch.items()}
+    shapes = jax.eval_shape(gradient, params, {key: value[0] for key, value in pieces.items()})
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    total, _ = jax.lax.scan(add, zeros, pieces)
+    return total
+
+
 def make_train_step(
     config: FrozenConfigDict, model: models.AbstractModel, abstract: TrainState, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -66,10 +87,10 @@ def make_train_step(
     gradient = jax.grad(functools.partial(loss_sums, config, model), has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, sums = _accumulate(gradient, state.params, batch, config.gradient_accumulation_steps)
+        gradients, sums = accumulate(gradient, state.params, batch, config.gradient_accumulation_steps)
         total_weights = jnp.maximum(sums["total_weights"], 1.0)
         gradients = jax.tree.map(lambda g: g / total_weights, gradients)
-        raw_grad_norm = optax.global_norm(gradients)
+        raw_grad_norm = optax.tree.norm(gradients)
         threshold = config.gradient_clipping_threshold
         scale = jnp.minimum(1.0, threshold / raw_grad_norm) if threshold > 0 else jnp.ones(())
         gradients = jax.tree.map(lambda g: g * scale, gradients)
@@ -78,7 +99,7 @@ def make_train_step(
         metrics = _loss_metrics(sums) | {
             "learning/raw_grad_norm": raw_grad_norm,
             "learning/grad_norm": raw_grad_norm * scale,
-            "learning/param_norm": optax.global_norm(state.params),
+            "learning/param_norm": optax.tree.norm(state.params),
             "learning/current_learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -108,27 +129,6 @@ def make_eval_step(
     batch_places = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
     places = train_state.shardings(abstract).params
     return jax.jit(eval_step, in_shardings=(places, batch_places, everywhere), out_shardings=everywhere)
-
-
-def _accumulate(gradient: Callable, params: Any, batch: Batch, steps: int) -> tuple[Any, Metrics]:
-    """Gradients and sums over the batch, in `steps` pieces; accumulated in float32."""
-    if steps == 1:
-        gradients, sums = gradient(params, batch)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
-
-    def piece(x: jax.Array) -> jax.Array:
-        # Piece i takes every steps-th row, so that each device's rows stay on it.
-        pieces = jnp.moveaxis(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 1, 0)
-        return sharding.shard(pieces, None, "activation_batch", "activation_length")
-
-    def add(total: tuple[Any, Metrics], small: Batch) -> tuple[tuple[Any, Metrics], None]:
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, gradient(params, small)), None
-
-    pieces = {key: piece(value) for key, value in batch.items()}
-    shapes = jax.eval_shape(gradient, params, {key: value[0] for key, value in pieces.items()})
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-    total, _ = jax.lax.scan(add, zeros, pieces)
-    return total
 
 
 def _loss_metrics(sums: Metrics) -> Metrics:

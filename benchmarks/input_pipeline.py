@@ -111,7 +111,9 @@ def main() -> None:
             return dataset.batch(step, batch, slice(None))
 
         def run_ahead(steps: int) -> int:
-            return batch * length * sum(1 for _ in read_ahead(make_batch, 0, steps, arguments.threads, arguments.buffer))
+            return (
+                batch * length * sum(1 for _ in read_ahead(make_batch, 0, steps, arguments.threads, arguments.buffer))
+            )
 
         def run_direct(steps: int) -> int:
             return batch * length * sum(make_batch(step)["inputs"].shape[1] == length for step in range(steps))

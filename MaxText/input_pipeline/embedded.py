@@ -28,11 +28,11 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EmbeddedCorpus:
-    """Where a snapshot lies; `note` says in words when it was taken and how to take another."""
+    """Where a snapshot lies. `tokenizer_path` is for tokenizer.load; `note` says how to take another snapshot."""
 
     train: Path
     heldout: Path
-    tokenizer: Path
+    tokenizer_path: str
     note: str
 
 
@@ -62,6 +62,7 @@ def prepare(
         "corpus_bytes": corpus_bytes,
         "vocab_size": vocab_size,
         "tokenizer_path": tokenizer_path,
+        "tokenizer_sha256": _tokenizer_sha256(tokenizer_path),
     }
     pointer = cache_directory / f"embedded-{_digest(key)}.json"
     if (corpus := _follow(pointer)) is not None:
@@ -85,13 +86,17 @@ def _follow(pointer: Path) -> EmbeddedCorpus | None:
     try:
         content = json.loads(pointer.read_text())
         directory, taken = pointer.parent / content["directory"], content["taken"]
+        tokenizer_path = content["tokenizer_path"] or str(directory / "tokenizer")
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    train, heldout = directory / "train", directory / "heldout"
-    if not all((part / token_blocks.MANIFEST).is_file() for part in (train, heldout)):
+    if not _is_complete(directory):
         return None
     note = f"snapshot of {taken}, kept in {directory}; to take a new one delete {pointer}"
-    return EmbeddedCorpus(train, heldout, directory / "tokenizer", note)
+    return EmbeddedCorpus(directory / "train", directory / "heldout", tokenizer_path, note)
+
+
+def _is_complete(directory: Path) -> bool:
+    return all((directory / part / token_blocks.MANIFEST).is_file() for part in ("train", "heldout"))
 
 
 def _build(
@@ -112,7 +117,7 @@ def _build(
     settings = given.fingerprint if given else [vocab_size, tokenizer.CODE_PATTERN, tokenizer.SPECIAL_TOKENS]
     name = f"embedded-{_digest([VERSION, token_blocks.FORMAT_VERSION, corpus.content_hash, settings])}"
     final = cache_directory / name
-    if all((final / part / token_blocks.MANIFEST).is_file() for part in ("train", "heldout")):
+    if _is_complete(final):
         log(f"embedded corpus: these very files are prepared already in {final}")
         return name
     _delete_abandoned(cache_directory)
@@ -126,6 +131,13 @@ def _build(
         shutil.rmtree(building, ignore_errors=True)
     log(f"embedded corpus: ready in {final} after {time.monotonic() - started:.0f} s")
     return name
+
+
+def _tokenizer_sha256(tokenizer_path: str) -> str:
+    """The hash of a local tokenizer's file, so that another tokenizer at the same path is noticed; empty for a name."""
+    path = Path(tokenizer_path).expanduser()
+    candidates = [path, path / "tokenizer.json"] if tokenizer_path else []
+    return next((token_blocks.file_sha256(file) for file in candidates if file.is_file()), "")
 
 
 def _load_given(tokenizer_path: str, vocab_size: int) -> tokenizer.Tokenizer | None:
@@ -181,10 +193,12 @@ def _write_part(
 def _move(building: Path, final: Path) -> None:
     """Give the finished directory its name, unless another process was faster: its content is the same."""
     building.chmod(0o755)  # mkdtemp makes it private
+    if final.exists() and not _is_complete(final):
+        shutil.rmtree(final)
     try:
         building.rename(final)
     except OSError:
-        if not (final / "train" / token_blocks.MANIFEST).is_file():
+        if not _is_complete(final):
             raise
 
 

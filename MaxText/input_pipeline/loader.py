@@ -8,7 +8,7 @@ assembles the same batch from its shares.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,14 +21,17 @@ SYNTHETIC_TRAIN_WINDOWS = 2**40  # never repeats in practice
 SYNTHETIC_EVAL_WINDOWS = 256
 
 
+@runtime_checkable  # so that the tests can check signatures
 class Dataset(Protocol):
     """What training and evaluation need of data; see TokenDataset for the meaning of each member."""
 
-    manifest: Manifest | None
     vocab_size: int
     sequence_length: int
     eos_id: int
     num_windows: int
+
+    @property
+    def manifest(self) -> Manifest | None: ...
 
     def num_batches(self, global_batch_size: int) -> int: ...
 
@@ -37,12 +40,20 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Datasets:
-    """The data of a run. `token_bytes`: int32 [vocab_size], UTF-8 bytes per token id (0: special), None if unknown."""
+    """The data of a run.
+
+    Attributes:
+        evaluation: None when no held-out data is given.
+        token_bytes: int32 [vocab_size], UTF-8 bytes per token id, 0 for special tokens; None if there is no text.
+        tokenizer_path: what tokenizer.load takes; empty if there is no text.
+        description: where the data came from, in words.
+    """
 
     train: Dataset
     evaluation: Dataset | None
     token_bytes: np.ndarray | None
     eos_id: int
+    tokenizer_path: str
     description: str
 
 
@@ -161,11 +172,13 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
             tokenizer_path=config.tokenizer_path,
             log=log,
         )
-        train_directory, eval_directory, note = corpus.train, corpus.heldout, f"; {corpus.note}"
+        train_directory, eval_directory = corpus.train, corpus.heldout
+        tokenizer_path, note = corpus.tokenizer_path, f"; {corpus.note}"
     elif config.dataset_type == "grain":
         if not config.grain_train_files:
             raise ValueError("dataset_type=grain needs grain_train_files, a directory with a manifest.json")
-        train_directory, eval_directory, note = config.grain_train_files, config.grain_eval_files, ""
+        train_directory, eval_directory = config.grain_train_files, config.grain_eval_files
+        tokenizer_path, note = config.tokenizer_path, ""
     else:
         raise ValueError(f"dataset_type={config.dataset_type}: use embedded, grain or synthetic")
     length = config.max_target_length
@@ -179,6 +192,7 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
         evaluation=evaluation,
         token_bytes=train.token_bytes(),
         eos_id=train.eos_id,
+        tokenizer_path=tokenizer_path or train.manifest.tokenizer["name"],
         description=_describe(train, evaluation) + note,
     )
 
@@ -189,7 +203,7 @@ def _open_synthetic(config: Any) -> Datasets:
     train = SyntheticDataset(**arguments, seed=2 * seed, num_windows=SYNTHETIC_TRAIN_WINDOWS)
     evaluation = SyntheticDataset(**arguments, seed=2 * seed + 1, num_windows=SYNTHETIC_EVAL_WINDOWS)
     description = f"DATA: SYNTHETIC tokens of a fixed random process (seed {seed}); no text, for benchmarks only"
-    return Datasets(train, evaluation, None, train.eos_id, description)
+    return Datasets(train, evaluation, None, train.eos_id, "", description)
 
 
 def _check_same_tokenizer(train: TokenDataset, evaluation: TokenDataset) -> None:

@@ -5,11 +5,12 @@ tokens of the stream "document EOS document EOS ...", so the files do not depend
 read by range, `read(i, i + 1)`: the index form `read([i])` costs time in proportion to the records in the file.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class Manifest:
             if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"its format is {content['format_version']}, this program reads {FORMAT_VERSION}")
             claimed = content.pop("sha256")
-            manifest = cls(**content | {"shards": tuple(Shard(**shard) for shard in content["shards"])})
+            content["shards"] = tuple(Shard(**shard) for shard in content["shards"])
+            manifest = cls(**content)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is refused: {error!r}; prepare the data again") from error
         if manifest.sha256 != claimed:
@@ -187,9 +189,10 @@ class TokenBlockWriter:
     def _write_blocks(self, whole_blocks_only: bool) -> None:
         tokens = np.concatenate(self._pending)
         end = tokens.size // self._block_tokens * self._block_tokens if whole_blocks_only else tokens.size
-        for start in range(0, end, self._block_tokens):
-            self._writer.write(tokens[start : min(start + self._block_tokens, end)].tobytes())
-            self._records += 1
+        with _disk_errors():
+            for start in range(0, end, self._block_tokens):
+                self._writer.write(tokens[start : min(start + self._block_tokens, end)].tobytes())
+                self._records += 1
         self._pending = [tokens[end:]]
         self._pending_tokens = tokens.size - end
 
@@ -199,7 +202,8 @@ class TokenBlockWriter:
     def _close_shard(self) -> None:
         if self._pending_tokens:
             self._write_blocks(whole_blocks_only=False)
-        self._writer.close()
+        with _disk_errors():
+            self._writer.close()
         path = self._shard_path()
         temporary = path.with_suffix(".tmp")
         with temporary.open("rb+") as file:
@@ -294,6 +298,15 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Turn ArrayRecord's RuntimeError into the OSError it is: its text names the file and the reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _open_array_record(path: Path) -> Any:

@@ -14,7 +14,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ HUB_PROBE_SECONDS = 3
 ROUND_TRIP_SAMPLE = "def f(x):\n\treturn x  # é\u2581\r\n\n\n    \u200d\U0001f600 ﬁ\x00\n"
 
 
+@runtime_checkable  # so that the tests can check signatures
 class Tokenizer(Protocol):
     """What the data preparation needs of a tokenizer."""
 
@@ -59,6 +60,7 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
 
     Raises:
         ValueError: `vocab_size` has no room for the 256 bytes and the special tokens.
+        OSError: the directory cannot be written.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
@@ -73,10 +75,12 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(CODE_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(CODE_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -86,14 +90,18 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
+    trained = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
         bos_token=END_OF_TEXT,
         pad_token=SPECIAL_TOKENS[1],
         additional_special_tokens=list(SPECIAL_TOKENS[2:]),
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(directory)
+    )
+    try:
+        trained.save_pretrained(directory)
+    except Exception as error:  # the library raises a bare Exception when it cannot write
+        raise OSError(f"the tokenizer cannot be saved to {directory}: {error}") from error
 
 
 def load(tokenizer_path: str) -> Tokenizer:
@@ -128,7 +136,7 @@ class HuggingFaceTokenizer:
     """A fast tokenizer of `transformers`, used through its `tokenizers` backend."""
 
     def __init__(self, name: str, tokenizer: Any):
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise ValueError(f"tokenizer_path={name}: it has no fast (`tokenizers`) form; convert it to one")
         if tokenizer.eos_token_id is None:

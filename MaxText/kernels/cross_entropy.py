@@ -100,7 +100,7 @@ def _local(
     """One device's share: its rows against its slice of the vocabulary."""
     batch, length, dim = hidden.shape
     vocab_start = jax.lax.axis_index(vocab_axis) * unembedding.shape[0]
-    local_ids = jnp.arange(unembedding.shape[0])
+    local_ids = jnp.arange(unembedding.shape[0])[None, None]
 
     def chunked(x):
         return jnp.moveaxis(x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]), 1, 0)

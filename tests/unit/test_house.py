@@ -207,7 +207,8 @@ def test_files_are_short_and_say_what_they_do():
         if not path.stem.startswith("_") or path.stem == "__init__":
             docstring = ast.get_docstring(tree(module)) or ""
             assert docstring, f"{path.relative_to(ROOT)} has no docstring"
-            assert len(docstring.splitlines()) <= MAX_DOCSTRING_LINES, f"{path.relative_to(ROOT)}: docstring too long"
+            written = [line for line in docstring.splitlines() if line.strip()]
+            assert len(written) <= MAX_DOCSTRING_LINES, f"{path.relative_to(ROOT)}: docstring too long"
 
 
 def test_there_is_an_entry_point():

@@ -1,0 +1,229 @@
+"""The main job as a user runs it, in subprocesses: it learns, resumes bit for bit after kill -9, stops on SIGTERM, and says
+what is wrong when something is."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests import support
+
+TRAIN = [sys.executable, str(support.ROOT / "MaxText/train.py")]
+# Enough of a model to train for real, small enough for seconds.
+TINY = {
+    "base_emb_dim": 32,
+    "base_num_decoder_layers": 2,
+    "base_mlp_dim": 64,
+    "head_dim": 8,
+    "vocab_size": 256,
+    "max_target_length": 32,
+    "per_device_batch_size": 4,
+    "dataset_type": "synthetic",
+    "log_period": 1,
+    "eval_interval": 20,
+    "eval_steps": 2,
+    "enable_tensorboard": "false",
+    "learning_rate_schedule_steps": 40,
+}
+LINE = re.compile(
+    r"^completed step: (\d+), seconds: ([\d.]+), TFLOP/s/device: ([\d.]+), Tokens/s/device: ([\d.]+), "
+    r"total_weights: (\d+), loss: ([\d.]+)",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture
+def command(tmp_path, user_environment):
+    """(keys -> argv, environment) of a tiny run under tmp_path, compiled programs shared between the tests."""
+    environment = user_environment | {"JAX_PLATFORMS": "cpu"}
+    cache = support.ROOT / ".pytest_cache/jax_main_job"
+
+    def argv(**keys):
+        keys = TINY | {"base_output_directory": tmp_path, "jax_cache_dir": cache, "run_name": "run"} | keys
+        return [*TRAIN, str(support.ROOT / "configs/validate_10m.yml"), *(f"{k}={v}" for k, v in keys.items())]
+
+    return argv, environment
+
+
+def run(command, **keys):
+    argv, environment = command
+    return subprocess.run(argv(**keys), env=environment, capture_output=True, text=True, timeout=300, cwd="/")
+
+
+def losses(directory: pathlib.Path) -> dict[int, float]:
+    """Step -> training loss; of a step done twice, the last."""
+    records = map(json.loads, (directory / "metrics/metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["learning/loss"] for record in records if "learning/loss" in record}
+
+
+def arrays_digest(step_directory: pathlib.Path) -> str:
+    """A hash of every array of a checkpoint: parameters, both moments, step."""
+    import orbax.checkpoint as ocp
+    from jax import tree_util
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore((step_directory / "state").absolute())
+    digest = hashlib.sha256()
+    for path, leaf in sorted(tree_util.tree_leaves_with_path(state), key=lambda item: str(item[0])):
+        digest.update(str(path).encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def test_a_run_prints_what_it_must(command, tmp_path):
+    done = run(command, steps=40)
+    assert done.returncode == 0, done.stderr
+    lines = LINE.findall(done.stdout)
+    assert [int(line[0]) for line in lines] == list(range(1, 41))
+    assert float(lines[-1][5]) < float(lines[0][5]) - 0.1
+    assert float(lines[0][5]) == pytest.approx(np.log(256), abs=0.1)
+    for text in (
+        "JAX version: ",
+        "Device count: 1 (cpu, 1 process(es))",
+        "Mesh: data=1 x fsdp=1 x tensor=1",
+        "Model parameters: ",
+        "Tokens per step: 128",
+        "Expected loss at initialization: ln(256) = 5.545",
+        "DATA: SYNTHETIC",
+        "by the compiler",
+        "Completed eval after train step 20, loss=",
+        "MFU: ",
+        "Trained 40 steps, 5,120 tokens",
+        "Final held-out loss: ",
+        f"Checkpoint: {tmp_path}/run/checkpoints/40",
+    ):
+        assert text in done.stdout
+    record = json.loads((tmp_path / "run/metrics/metrics.jsonl").read_text().splitlines()[0])
+    assert {"step", "learning/loss", "learning/param_norm", "perf/mfu", "perf/step_time_seconds"} <= set(record)
+    assert "git_commit" in json.loads((tmp_path / "run/environment.json").read_text())
+    again = run(command, steps=40)
+    assert again.returncode == 0
+    assert "The run is complete: 40 steps are done" in again.stdout
+
+
+def test_kill_9_and_resume_is_bit_exact(command, tmp_path):
+    keys = {"steps": 40, "checkpoint_period": 5, "dtype": "bfloat16"}
+    whole = run(command, run_name="whole", **keys)
+    assert whole.returncode == 0, whole.stderr
+
+    argv, environment = command
+    rng = np.random.default_rng(0)
+    killed_at = []
+    for _ in range(3):
+        process = subprocess.Popen(argv(run_name="killed", **keys), env=environment, stdout=subprocess.PIPE, text=True)
+        stop_after = (killed_at[-1] if killed_at else 0) + int(rng.integers(7, 11))
+        for line in process.stdout:
+            if match := LINE.match(line):
+                if int(match[1]) >= stop_after:
+                    process.send_signal(signal.SIGKILL)
+                    break
+        process.wait()
+        process.stdout.close()
+        killed_at.append(max(losses(tmp_path / "killed")))
+    last = run(command, run_name="killed", **keys)
+    assert last.returncode == 0, last.stderr
+    assert "Resuming after step " in last.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    digests = [arrays_digest(tmp_path / name / "checkpoints/40") for name in ("killed", "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_sigterm_saves_and_the_same_command_resumes(command, tmp_path):
+    argv, environment = command
+    keys = {"steps": 4000, "learning_rate_schedule_steps": 4000, "eval_interval": -1}
+    process = subprocess.Popen(argv(**keys), env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("completed step: 3,"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 75
+    stopped = int(re.search(r"Stopped after step ([\d,]+) of 4,000; the same command resumes", rest)[1].replace(",", ""))
+    assert (tmp_path / f"run/checkpoints/{stopped}").is_dir()
+    done = run(command, **keys | {"steps": stopped + 2})
+    assert f"Resuming after step {stopped:,}" in done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command, tmp_path):
+    assert run(command, steps=20, checkpoint_period=10).returncode == 0
+    for path in (tmp_path / "run/checkpoints/20/state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            os.truncate(path, 100)
+    done = run(command, steps=30, checkpoint_period=10)
+    assert "checkpoint 20 cannot be read, trying an older one" in done.stderr
+    assert "Resuming after step 10" in done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+def test_starting_from_another_runs_weights_or_whole_state(command, tmp_path):
+    assert run(command, run_name="first", steps=20).returncode == 0
+    step = tmp_path / "first/checkpoints/20"
+    whole = run(command, run_name="second", steps=22, load_full_state_path=step)
+    assert whole.returncode == 0, whole.stderr
+    assert LINE.findall(whole.stdout)[0][0] == "21"
+    weights = run(command, run_name="third", steps=2, load_parameters_path=step)
+    assert weights.returncode == 0, weights.stderr
+    first = float(LINE.findall(weights.stdout)[0][5])
+    assert LINE.findall(weights.stdout)[0][0] == "1"
+    assert first < losses(tmp_path / "first")[1] - 0.05
+
+
+def test_not_finite_stops_and_is_never_saved(command, tmp_path):
+    done = run(command, steps=40, learning_rate=1e30, warmup_steps_fraction=0, checkpoint_period=1)
+    assert done.returncode == 1
+    assert re.search(r"error: step \d+: loss=\S+, gradient norm=", done.stderr)
+    bad = int(re.search(r"error: step (\d+):", done.stderr)[1])
+    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    assert all(step < bad for step in saved)
+
+
+BAD_INPUTS = {
+    "unknown key": ({"per_devise_batch_size": 8}, 2, "did you mean per_device_batch_size"),
+    "wrong type": ({"steps": "many"}, 2, "steps"),
+    "impossible mesh": ({"ici_fsdp_parallelism": 3, "ici_data_parallelism": 1}, 2, "ici_fsdp_parallelism=3"),
+    "more devices than there are": ({"ici_tensor_parallelism": 4}, 2, "device"),
+    "missing data": ({"dataset_type": "grain", "grain_train_files": "{tmp}/nowhere"}, 2, "nowhere"),
+    "missing checkpoint": ({"load_full_state_path": "{tmp}/gone/3"}, 1, "there is no checkpoint"),
+    "output directory that cannot be written": ({"base_output_directory": "{tmp}/file"}, 1, "cannot write"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_an_error_in_words(command, tmp_path, name):
+    keys, code, message = BAD_INPUTS[name]
+    (tmp_path / "file").touch()
+    begin = time.monotonic()
+    done = run(command, steps=2, **{key: str(value).format(tmp=tmp_path) for key, value in keys.items()})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begin < 60
+
+
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(command, tmp_path):
+    assert run(command, steps=2).returncode == 0
+    before = arrays_digest(tmp_path / "run/checkpoints/2")
+    model = run(command, steps=4, base_mlp_dim=96)
+    assert model.returncode == 1
+    assert "base_mlp_dim: 64 there, 96 here" in model.stderr
+    data = run(command, steps=4, data_shuffle_seed=5)
+    assert data.returncode == 1
+    assert "data_shuffle_seed: 0 there, 5 here" in data.stderr
+    assert arrays_digest(tmp_path / "run/checkpoints/2") == before
+
+
+def test_dry_run_says_it_all_and_writes_nothing(command, tmp_path):
+    argv, environment = command
+    done = subprocess.run([*argv(), "--dry-run"], env=environment, capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0, done.stderr
+    for text in ("Model parameters: ", "DATA: SYNTHETIC", "by the compiler", "Dry run: nothing was written"):
+        assert text in done.stdout
+    assert not (tmp_path / "run").exists()

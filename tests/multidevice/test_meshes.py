@@ -1,0 +1,97 @@
+"""The same training whatever the mesh and the accumulation: 20 losses and the gradients, in float32."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from MaxText import models, pyconfig, sharding, train_loop, train_step
+from tests import support
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+STEPS = 20
+
+
+def config_of(**keys):
+    # 8 key/value heads do not exist here: multi-query, the one head replicated under tensor parallelism.
+    return support.small_config(base_num_kv_heads=1, z_loss_multiplier=1e-3, learning_rate=1e-2, **keys)
+
+
+@functools.cache
+def run(mesh, accumulation, num_kv_heads=1):
+    """(losses, gradient norms, final parameters) of 20 steps."""
+    config = config_of(gradient_accumulation_steps=accumulation) if num_kv_heads == 1 else support.small_config(
+        base_num_kv_heads=num_kv_heads, gradient_accumulation_steps=accumulation, learning_rate=1e-2
+    )
+    trainer = support.Trainer(config, support.mesh_of(*mesh))
+    metrics = [trainer(support.packed_batch(config, rows=32, seed=step)) for step in range(STEPS)]
+    losses = [m["learning/loss"] for m in metrics]
+    return losses, [m["learning/raw_grad_norm"] for m in metrics], jax.device_get(trainer.state.params)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_losses_and_parameters_do_not_depend_on_the_mesh(mesh, accumulation):
+    want_losses, want_norms, want_params = run((1, 1, 1), 1)
+    losses, norms, params = run(mesh, accumulation)
+    assert losses[-1] < losses[0] - 0.05  # it learns, so there is something to differ in
+    np.testing.assert_allclose(losses, want_losses, atol=1e-5)
+    np.testing.assert_allclose(norms, want_norms, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), params, want_params)
+
+
+def test_grouped_heads_split_over_tensor():
+    want, _, _ = run((1, 1, 1), 1, num_kv_heads=2)
+    got, _, _ = run((2, 2, 2), 1, num_kv_heads=2)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_gradients_are_the_same(mesh, accumulation):
+    """Every leaf of the first gradient, not only its norm."""
+
+    def gradients(mesh, accumulation):
+        config = config_of(gradient_accumulation_steps=accumulation)
+        model = models.abstract(config)
+        batch = support.packed_batch(config, rows=32, seed=0)
+        gradient = jax.grad(functools.partial(train_step.loss_sums, config, model), has_aux=True)
+        with jax.set_mesh(support.mesh_of(*mesh)):
+            params = models.initial_params(config, jax.random.key(0))
+            placed = jax.device_put(batch, sharding.batch_sharding(support.mesh_of(*mesh)))
+            accumulate = jax.jit(lambda p, b: train_step.accumulate(gradient, p, b, accumulation))
+            total, sums = accumulate(params, placed)
+        return jax.tree.map(lambda g: np.asarray(g) / float(sums["total_weights"]), total)
+
+    want, got = gradients((1, 1, 1), 1), gradients(mesh, accumulation)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def test_one_key_value_head_is_replicated_on_purpose_and_several_are_split():
+    mesh = support.mesh_of(1, 2, 4)
+
+    def spec(num_kv_heads):
+        model = models.abstract(support.small_config(base_num_kv_heads=num_kv_heads))
+        placed = sharding.named_sharding(mesh, model.logical_axes, model.params)
+        return placed["decoder"]["layers"]["self_attention"]["key"].spec
+
+    assert spec(1) == jax.sharding.PartitionSpec(None, "fsdp", None, None)
+    assert spec(4) == jax.sharding.PartitionSpec(None, "fsdp", "tensor", None)
+    with pytest.raises(ValueError, match=r"self_attention.key: dimension 'kv_heads' .* has size 2, .*tensor=4"):
+        spec(2)
+
+
+@pytest.mark.parametrize("path", sorted((support.ROOT / "configs").glob("*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_every_config_lowers_on_eight_devices(path, mesh):
+    sizes = [f"ici_{axis}_parallelism={size}" for axis, size in zip(sharding.MESH_AXES, mesh, strict=True)]
+    config = pyconfig.initialize([str(path), "run_name=test", "sharding_tolerance=1", *sizes], {})
+    lowered = train_loop.lower(train_loop.make_job(config))
+    assert "sharding" in lowered.as_text()
+
+
+def test_too_many_replicated_weights_are_refused():
+    config = support.small_config(sharding_tolerance=0.001)
+    with pytest.raises(ValueError, match="would be replicated on every device, more than sharding_tolerance=0.001"):
+        support.Trainer(config, support.mesh_of(1, 8, 1))

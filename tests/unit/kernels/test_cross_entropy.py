@@ -1,0 +1,72 @@
+"""The chunked cross-entropy against its reference twin: values and gradients, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from MaxText import sharding
+from MaxText.kernels import cross_entropy
+from tests import support
+
+
+def example(dtype):
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.normal(size=(8, 12, 16)), dtype)
+    unembedding = jnp.asarray(rng.normal(size=(24, 16)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 24, (8, 12)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 2, (8, 12)), jnp.float32)
+    return hidden, unembedding, targets, weights
+
+
+def chunked(hidden, unembedding, targets, weights, z_loss, num_chunks=3):
+    axes = (sharding.BATCH_AXES, sharding.VOCAB_AXIS)
+    return cross_entropy.cross_entropy(hidden, unembedding, targets, weights, z_loss, num_chunks, *axes)
+
+
+def reference(hidden, unembedding, targets, weights, z_loss):
+    table = unembedding.astype(hidden.dtype)
+    return cross_entropy.cross_entropy_reference(hidden, table, targets, weights, z_loss_multiplier=z_loss)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_values_and_gradients(sizes, z_loss):
+    args = example(jnp.float32)
+
+    def value_and_gradients(function):
+        return jax.jit(jax.value_and_grad(lambda h, u: function(h, u, *args[2:], z_loss), (0, 1), has_aux=True))
+
+    (want_loss, want_nll), want = value_and_gradients(reference)(*args[:2])
+    with jax.set_mesh(support.mesh_of(*sizes)):
+        (loss, nll), got = value_and_gradients(chunked)(*args[:2])
+        without_gradients = jax.jit(lambda *a: chunked(*a, z_loss))(*args)
+    np.testing.assert_allclose([loss, nll], [want_loss, want_nll], rtol=1e-6)
+    np.testing.assert_allclose(without_gradients, [want_loss, want_nll], rtol=1e-6)
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_bfloat16_accumulates_the_table_gradient_in_float32():
+    args = example(jnp.bfloat16)
+    with jax.set_mesh(support.mesh_of()):
+        got = jax.grad(lambda u: chunked(args[0], u, *args[2:], 0.0)[0])(args[1])
+    want = jax.grad(lambda u: reference(args[0].astype(jnp.float32), u, *args[2:], 0.0)[0])(args[1])
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=0.1)
+
+
+def test_a_scaled_loss_has_scaled_gradients():
+    args = example(jnp.float32)
+    with jax.set_mesh(support.mesh_of()):
+        once = jax.grad(lambda h: chunked(h, *args[1:], 0.0)[0])(args[0])
+        thrice = jax.grad(lambda h: 3 * chunked(h, *args[1:], 0.0)[0])(args[0])
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-6)
+
+
+def test_whole_logits_never_exist():
+    args = example(jnp.float32)
+    with jax.set_mesh(support.mesh_of()):
+        compiled = jax.jit(jax.grad(lambda h: chunked(h, *args[1:], 0.0)[0])).lower(args[0]).compile()
+    assert "f32[8,4,24]" in compiled.as_text()
+    assert "[8,12,24]" not in compiled.as_text()

@@ -1,0 +1,103 @@
+"""The same numbers as Hugging Face's Llama: forward and gradients, both directions of the mapping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from MaxText import hf_weights, models
+from tests import support
+
+CONFIGS = {
+    "mha untied": {"base_num_kv_heads": 4, "logits_via_embedding": False},
+    "gqa tied": {"base_num_kv_heads": 2, "rope_max_timescale": 500000},
+    "mqa tied": {"base_num_kv_heads": 1, "base_num_decoder_layers": 3},
+    "gqa untied wide": {
+        "base_num_kv_heads": 2,
+        "base_num_query_heads": 6,
+        "head_dim": 16,
+        "base_emb_dim": 48,
+        "logits_via_embedding": False,
+        "normalization_layer_epsilon": 1e-5,
+    },
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=str)
+def pair(request):
+    """(config, our params, the Llama that has the same weights)."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = support.small_config(**CONFIGS[request.param], initializer_range=0.2)
+    params = jax.device_get(models.initial_params(config, jax.random.key(3)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + rng.normal(scale=0.05, size=p.shape).astype(np.float32), params)
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.base_emb_dim,
+            intermediate_size=config.base_mlp_dim,
+            num_hidden_layers=config.base_num_decoder_layers,
+            num_attention_heads=config.base_num_query_heads,
+            num_key_value_heads=config.base_num_kv_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_target_length,
+            rms_norm_eps=config.normalization_layer_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_max_timescale)},
+            tie_word_embeddings=config.logits_via_embedding,
+            attn_implementation="eager",
+        )
+    )
+    weights = hf_weights.to_hugging_face(params)
+    missing, unexpected = llama.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if config.logits_via_embedding else set())
+    return config, params, llama
+
+
+def test_logits_and_gradients_match(pair):
+    import torch
+
+    config, params, llama = pair
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, config.vocab_size, (2, config.max_target_length + 1), dtype=np.int32)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    theirs = llama(torch.tensor(inputs, dtype=torch.long)).logits
+    loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), torch.tensor(targets, dtype=torch.long).flatten())
+    loss.backward()
+
+    model = models.abstract(config)
+    positions = jnp.broadcast_to(jnp.arange(config.max_target_length)[None], inputs.shape)
+    ones = jnp.ones(inputs.shape, jnp.int32)
+
+    def our_loss(params):
+        logits = model.merge(params).logits(jnp.asarray(inputs), positions, ones)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[..., None], axis=-1)
+        return -jnp.mean(chosen), logits
+
+    with jax.set_mesh(support.mesh_of()):
+        gradients, ours = jax.jit(jax.grad(our_loss, has_aux=True))(params)
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-4)
+    named = dict(llama.named_parameters())
+    for name, gradient in hf_weights.to_hugging_face(jax.device_get(gradients)).items():
+        np.testing.assert_allclose(gradient, named[name].grad.numpy(), atol=1e-4, err_msg=name)
+
+
+def test_there_and_back_is_exact():
+    for keys in CONFIGS.values():
+        config = support.small_config(**keys)
+        params = jax.device_get(models.initial_params(config, jax.random.key(0)))
+        back = hf_weights.from_hugging_face(hf_weights.to_hugging_face(params), models.abstract(config).params)
+        jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_what_does_not_fit_is_named():
+    config = support.small_config()
+    weights = hf_weights.to_hugging_face(jax.device_get(models.initial_params(config, jax.random.key(0))))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.norm.weight"] = np.zeros(5, np.float32)
+    weights["lm_head.weight"] = np.zeros((2, 2), np.float32)
+    with pytest.raises(ValueError, match="missing: model.layers.1.mlp.up_proj.weight") as error:
+        hf_weights.from_hugging_face(weights, models.abstract(config).params)
+    assert "model.norm.weight: (5,) there, (32,) needed" in str(error.value)
+    assert "not used: lm_head.weight" in str(error.value)

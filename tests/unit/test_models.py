@@ -1,0 +1,139 @@
+"""What the model must be: its exact size, causal, blind to other rows and documents, and one layer of program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from MaxText import flops, models, pyconfig, sharding, train_step
+from tests import support
+
+
+@pytest.fixture(params=[1, 2, 4], ids=["mqa", "gqa", "mha"])
+def logits_of(request):
+    """(config, batch -> logits) for each kind of grouping."""
+    config = support.small_config(base_num_kv_heads=request.param)
+    model = models.abstract(config)
+    params = jax.jit(lambda key: models.initial_params(config, key))(jax.random.key(0))
+
+    @jax.jit
+    def logits(batch):
+        return model.merge(params).logits(batch["inputs"], batch["inputs_position"], batch["inputs_segmentation"])
+
+    with jax.set_mesh(support.mesh_of()):
+        yield config, lambda batch: np.asarray(logits(batch))
+
+
+def test_validate_10m_has_exactly_the_seeds_parameters():
+    config = pyconfig.initialize([str(support.ROOT / "configs/validate_10m.yml")], {})
+    count = flops.count_parameters(models.abstract(config).params)
+    assert str(count) == "18,287,872 (12,582,912 embedding, 5,704,960 other)"
+
+
+def test_flops_per_token_by_hand():
+    # one layer, D=2, N=2, K=1, H=3, F=5, V=7, length 4
+    got = flops.flops_per_token(
+        dim=2, num_layers=1, num_query_heads=2, num_kv_heads=1, head_dim=3, mlp_dim=5, vocab_size=7, length=4
+    )
+    weights = 2 * (2 * 3) * 2 + 2 * 3 * 2 + 3 * 2 * 5 + 2 * 7  # query and out, key and value, mlp, logits
+    pairs_per_token = (1 + 2 + 3 + 4) / 4
+    assert got == 6 * weights + 3 * 2 * 2 * (2 * 3) * pairs_per_token
+
+
+def test_a_token_changes_no_logit_before_it(logits_of):
+    config, logits = logits_of
+    batch = support.packed_batch(config, rows=4, seed=0)
+    batch["inputs_segmentation"] = np.ones_like(batch["inputs"])
+    before = logits(batch)
+    for t in (1, 7, config.max_target_length - 1):
+        inputs = batch["inputs"].copy()
+        inputs[:, t] = (inputs[:, t] + 1) % config.vocab_size
+        after = logits(batch | {"inputs": inputs})
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] != before[:, t:]).any(axis=(1, 2)).all()
+
+
+def test_gradient_of_a_logit_is_zero_after_its_token(logits_of):
+    config, _ = logits_of
+    model = models.abstract(config)
+    params = models.initial_params(config, jax.random.key(0))
+    batch = jax.device_put(support.packed_batch(config, rows=1, seed=0))
+    ones = jnp.ones_like(batch["inputs"])
+
+    def logit_at_five(x):
+        hidden = model.merge(params).decoder(x, batch["inputs_position"], ones)
+        return jnp.sum(hidden[0, 5])
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, config.max_target_length, config.base_emb_dim)), jnp.float32)
+    gradient = np.asarray(jax.grad(logit_at_five)(x))
+    assert (gradient[0, 6:] == 0).all()
+    assert (gradient[0, :6] != 0).any(axis=-1).all()
+
+
+def test_rows_are_independent(logits_of):
+    config, logits = logits_of
+    batch = support.packed_batch(config, rows=4, seed=0)
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_array_equal(logits({k: v[order] for k, v in batch.items()}), logits(batch)[order])
+
+
+def test_documents_of_a_row_do_not_see_each_other(logits_of):
+    config, logits = logits_of
+    batch = support.packed_batch(config, rows=4, seed=0)
+    before = logits(batch)
+    first = batch["inputs_segmentation"] == 1
+    changed = batch | {"inputs": np.where(first, (batch["inputs"] + 1) % config.vocab_size, batch["inputs"])}
+    np.testing.assert_array_equal(logits(changed)[~first], before[~first])
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    config = support.small_config()
+    metrics = support.Trainer(config, support.mesh_of())(support.packed_batch(config, rows=8, seed=0))
+    assert metrics["learning/loss"] == pytest.approx(np.log(config.vocab_size), abs=0.05)
+
+
+@pytest.mark.parametrize("policy", ["minimal", "full", "custom", "custom query_proj=device mlpwi_0=device"])
+def test_remat_changes_what_is_kept_and_not_the_gradient(policy):
+    policy, *places = policy.split()
+
+    def gradients(**keys):
+        config = support.small_config(**keys)
+        trainer = support.Trainer(config, support.mesh_of())
+        return trainer.state.params, jaxpr_size(config, trainer), after_one_step(config, trainer)
+
+    _, plain_program, plain = gradients(remat_policy="none")
+    _, program, got = gradients(remat_policy=policy, **dict(place.split("=") for place in places))
+    assert program != plain_program
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, plain)
+
+
+def after_one_step(config, trainer):
+    trainer(support.packed_batch(config, rows=4, seed=0))
+    trainer(support.packed_batch(config, rows=4, seed=1))
+    return trainer.state.params
+
+
+def jaxpr_size(config, trainer):
+    batch = train_step.abstract_batch(4, config.max_target_length, trainer.mesh)
+    with jax.set_mesh(trainer.mesh):
+        return len(trainer.step.lower(trainer.abstract, batch).as_text())
+
+
+def test_the_program_does_not_grow_with_depth():
+    def program(num_layers):
+        config = support.small_config(base_num_decoder_layers=num_layers)
+        model = models.abstract(config)
+        batch = train_step.abstract_batch(4, config.max_target_length, support.mesh_of())
+        with jax.set_mesh(support.mesh_of()):
+            gradient = jax.jit(jax.grad(lambda p, b: train_step.loss_sums(config, model, p, b)[0]))
+            return gradient.lower(model.params, batch).as_text().count("\n")
+
+    assert program(3) == program(12)
+
+
+def test_every_weight_names_as_many_axes_as_it_has():
+    model = models.abstract(support.small_config(logits_via_embedding=False))
+    axes = jax.tree.leaves(model.logical_axes, is_leaf=lambda node: isinstance(node, tuple))
+    for leaf, names in zip(jax.tree.leaves(model.params), axes, strict=True):
+        assert len(names) == leaf.ndim
+        assert set(names) <= set(sharding.RULES)
