@@ -1,7 +1,8 @@
 """Checkpoints: one step directory holds the state, the position in the data, the resolved config and the commit.
 
-Orbax writes and commits them, in the background if asked. Restoring goes to whatever mesh the abstract state names. A step that
-cannot be read is named and the next older one is used; a step of another model or other data is refused with the difference.
+Orbax writes and commits them, in the background if asked. Restoring goes to whatever mesh the abstract state names. A
+step that cannot be read is named and the next older one is used; a step of another model or other data is refused with
+the difference.
 """
 
 import logging
@@ -39,7 +40,7 @@ class Checkpointer:
 
     Args:
         directory: the run's `checkpoints/`.
-        run_info: what is saved as `config`: {"config": resolved keys, ...}; its model keys must equal a restored step's.
+        run_info: what is saved as `config`: {"config": resolved keys, ...}; a restored step's model keys must be equal.
     """
 
     def __init__(self, directory: Path, run_info: Mapping[str, Any], *, keep: int, asynchronous: bool):
@@ -82,10 +83,8 @@ class Checkpointer:
         for step in steps:
             try:
                 return restore_step(self.directory / str(step), abstract, self._run_info["config"], data)
-            except ValueError as error:
-                if isinstance(error, Mismatch):
-                    raise
-                _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
+            except Mismatch:
+                raise
             except Exception as error:  # whatever a damaged file makes the readers below raise
                 _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
         if steps:
@@ -115,8 +114,8 @@ def check_free_space(directory: Path, abstract: TrainState) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"a checkpoint takes up to {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; free some, set "
-            "base_output_directory to another disk, or enable_checkpointing=false"
+            f"a checkpoint takes up to {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free; free some, "
+            "set base_output_directory to another disk, or enable_checkpointing=false"
         )
 
 
@@ -182,11 +181,11 @@ def _read_json(directory: Path) -> dict[str, Any]:
 def _check_same(
     directory: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], keys: tuple[str, ...], what: str
 ) -> None:
-    differences = [f"{key}: {saved.get(key)!r} there, {wanted[key]!r} here" for key in keys if saved.get(key) != wanted[key]]
-    if differences:
+    different = [key for key in keys if saved.get(key) != wanted[key]]
+    if different:
         raise Mismatch(
             f"checkpoint {directory} was made with another {what}:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(f"{key}: {saved.get(key)!r} there, {wanted[key]!r} here" for key in different)
             + "\nuse the values it was made with, or another run_name for a new run; nothing was changed"
         )
 

@@ -1,7 +1,8 @@
 """Parameter and FLOP counts by arithmetic from the model's shape; nothing is traced.
 
-A multiply-add is two FLOPs and the backward pass twice the forward. Attention is counted causally: half the square, as the
-useful work is; rematerialization is not counted. So an MFU made from these is model FLOPs utilization, not hardware's.
+A multiply-add is two FLOPs and the backward pass twice the forward. Attention is counted causally: half the square, as
+the useful work is; rematerialization is not counted. So an MFU made from these is model FLOPs utilization, not
+hardware's.
 """
 
 import dataclasses

@@ -11,14 +11,15 @@ ACTIVITIES = ("startup", "compile", "restore", "step", "data wait", "eval", "sav
 
 
 class TimeLedger:
-    """Seconds by activity since it was made; what is charged to none of them counts as startup."""
+    """Seconds by activity; what is charged to none of them counts as startup.
 
-    def __init__(self, started: float | None = None):
-        """Args:
-        started: a `time.perf_counter()` reading to count from.
-        """
-        self.started = time.perf_counter() if started is None else started
-        self._seconds = dict.fromkeys(ACTIVITIES[1:], 0.0)
+    Args:
+        started: the `time.perf_counter()` reading to count from.
+    """
+
+    def __init__(self, started: float):
+        self.started = started
+        self._seconds: dict[str, float] = dict.fromkeys(ACTIVITIES[1:], 0.0)
 
     @contextlib.contextmanager
     def charge(self, activity: str) -> Iterator[None]:

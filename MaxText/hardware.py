@@ -1,7 +1,7 @@
 """Published figures of the chips this project runs on: peak FLOP/s, memory, bandwidth.
 
-Input is JAX's `device_kind`; output a `Chip`, or None for a chip the table does not know, so that a caller measures instead
-of guessing. Peaks are dense bfloat16 without sparsity.
+Input is JAX's `device_kind`; output a `Chip`, or None for a chip the table does not know, so that a caller measures
+instead of guessing. Peaks are dense bfloat16 without sparsity.
 """
 
 import dataclasses

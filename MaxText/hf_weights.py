@@ -1,7 +1,7 @@
 """Our parameters under Hugging Face's Llama names, and back.
 
-In and out are numpy arrays: here a nested dict with a leading layers axis, there a flat dict with one [out, in] matrix for each
-layer. Both directions are exact: arrays are only transposed, reshaped and stacked.
+In and out are numpy arrays: here a nested dict with a leading layers axis, there a flat dict with one [out, in] matrix
+for each layer. Both directions are exact: arrays are only transposed, reshaped and stacked.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +76,7 @@ def from_hugging_face(weights: Mapping[str, np.ndarray], abstract_params: Mappin
 
 
 def _matrix_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[in, out] of one layer's weight; a gain stays as it is. Heads are the input of `out`, the output of the others."""
+    """[in, out] of one layer's weight, where heads are part of `out`'s input and the others' output; a gain stays."""
     if len(shape) == 1:
         return shape
     if path.endswith("self_attention.out"):

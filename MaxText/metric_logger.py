@@ -1,7 +1,7 @@
 """Where the numbers go: the console's lines, metrics.jsonl and TensorBoard.
 
-In: plain floats under the metric names. JSON lines are always written, appended and flushed line by line, so that a killed
-run leaves whole lines; a resumed run appends, and a reader takes the last line of a step.
+In: plain floats under the metric names. JSON lines are always written, appended and flushed line by line, so that a
+killed run leaves whole lines; a resumed run appends, and a reader takes the last line of a step.
 """
 
 import json

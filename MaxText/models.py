@@ -1,7 +1,8 @@
 """The Transformer, and the only place where a config becomes modules.
 
-`build` makes one with real weights, `abstract` the same without any: its structure, the shapes of its parameters and their
-logical axes. Parameters are a plain nested dict, whose paths are the checkpoint's, the decay mask's and the export's names.
+`build` makes one with real weights, `abstract` the same without any: its structure, the shapes of its parameters and
+their logical axes. Parameters are a plain nested dict, whose paths are the checkpoint's, the decay mask's and the
+export's names.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The learning-rate schedule and the optimizer: Optax's own, configured.
 
-Weight decay falls on matrices only: every parameter except normalization gains. With layers stacked for scan a gain is a
-two-dimensional array, so what is a gain is decided by the parameter's name and not by its rank.
+Weight decay falls on matrices only: every parameter except normalization gains. With layers stacked for scan a gain is
+a two-dimensional array, so what is a gain is decided by the parameter's name and not by its rank.
 """
 
 from typing import Any

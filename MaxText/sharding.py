@@ -1,8 +1,8 @@
 """The mesh, the one table of logical-axis rules, and everything derived from it.
 
-A weight or activation names its logical axes; the rules map each name to mesh axes. A name that is unknown, a mesh axis used
-twice by one array, or a size that does not divide is a ValueError, never silent replication. Axis types are Auto: the
-constraints below steer the compiler's partitioner, they are not part of an array's type.
+A weight or activation names its logical axes; the rules map each name to mesh axes. A name that is unknown, a mesh axis
+used twice by one array, or a size that does not divide is a ValueError, never silent replication. Axis types are Auto:
+the constraints below steer the compiler's partitioner, they are not part of an array's type.
 """
 
 import math
@@ -102,8 +102,8 @@ def partition_spec(
         if size % parts:
             fits = [n for n in range(1, parts + 1) if size % n == 0]
             raise ValueError(
-                f"{path}: dimension {name!r} of shape {tuple(shape)} has size {size}, which {'x'.join(mesh_axes)}={parts} "
-                f"does not divide; use one of {fits}"
+                f"{path}: dimension {name!r} of shape {tuple(shape)} has size {size}, which "
+                f"{'x'.join(mesh_axes)}={parts} does not divide; use one of {fits}"
             )
         spec.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
     return PartitionSpec(*spec)

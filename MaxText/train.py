@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     if command.message is not None:
         print(command.message)
         return 0
+    assert command.config is not None
 
     from MaxText import train_loop, train_report
 

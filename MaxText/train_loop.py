@@ -1,22 +1,19 @@
 """The whole of training: config -> mesh -> model -> data -> state -> loop.
 
-While the step compiles in a thread, the data is opened and the state is made. Step N is dispatched before the metrics of step
-N-1 are fetched, so the device never waits for the host; before anything is saved the step in flight is fetched and checked,
-so no checkpoint can hold a value that is not finite.
+While the step compiles in a thread, the data is opened and the state is made. Step N is dispatched before the metrics
+of step N-1 are fetched, so the device never waits for the host; before anything is saved the step in flight is fetched
+and checked, so no checkpoint can hold a value that is not finite.
 """
 
 import dataclasses
 import json
 import math
-import signal
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import FrozenConfigDict
 
 from MaxText import (
@@ -25,6 +22,7 @@ from MaxText import (
     goodput,
     metric_logger,
     models,
+    preemption,
     profiler,
     pyconfig,
     sharding,
@@ -32,6 +30,7 @@ from MaxText import (
     train_state,
     train_step,
 )
+from MaxText.evaluation import held_out
 from MaxText.input_pipeline import device, loader
 from MaxText.train_report import Console
 from MaxText.train_state import TrainState
@@ -106,7 +105,7 @@ def dry_run(config: FrozenConfigDict, console: Console) -> int:
     job = make_job(config)
     for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
         console.emit(line)
-    console.emit(loader.preview(config))
+    console.emit(loader.describe(config))
     console.emit(train_report.compiled_memory(lower(job).compile()))
     console.emit("Dry run: nothing was written")
     return EXIT_COMPLETE
@@ -162,7 +161,9 @@ class Run:
         self.timer = goodput.StepTimer()
         self.last: dict[str, float] = {}  # the newest value of every metric
         self.peak_flops = 0.0
-        self._eval_step: Any = None
+        self.held_out: held_out.HeldOut | None = None
+        if data.evaluation is not None and config.eval_interval > 0:
+            self.held_out = held_out.HeldOut(config, job.mesh, job.model, job.abstract_state, data)
 
     def restore_or_initialize(self) -> TrainState:
         """The state to go on from: this run's newest checkpoint, else the one the config names, else a fresh one."""
@@ -210,7 +211,7 @@ class Run:
         )
         batches = self._batches(first)
         in_flight: tuple[int, dict[str, jax.Array]] | None = None
-        with StopSignals(self.console) as stop:
+        with preemption.StopSignals(self.console.emit) as stop:
             for step in range(first + 1, config.steps + 1):
                 with ledger.charge("data wait"):
                     batch = next(batches)
@@ -223,8 +224,7 @@ class Run:
                         self._fetch(*in_flight)
                     in_flight = (step, metrics)
                 last = step == config.steps or stop.requested
-                evaluate = self.data.evaluation is not None and config.eval_interval > 0
-                evaluate = evaluate and (step == config.steps or step % config.eval_interval == 0)
+                evaluate = self.held_out is not None and (step == config.steps or step % config.eval_interval == 0)
                 save = config.enable_checkpointing and (last or step % config.checkpoint_period == 0)
                 if step == first + 1 or last or evaluate or save:
                     with ledger.charge("step"):
@@ -244,7 +244,7 @@ class Run:
         return EXIT_COMPLETE if step == config.steps else EXIT_RESUME
 
     def _batches(self, first: int) -> Iterator[dict[str, jax.Array]]:
-        """The batches of all steps to come. The first is made at once, so that reading ahead starts while it is used."""
+        """The batches of all steps to come; the first is made at once and used while reading ahead starts."""
         config = self.job.config
         where = sharding.batch_sharding(self.job.mesh)
 
@@ -266,9 +266,9 @@ class Run:
         self.timer.completed()
         if not (math.isfinite(metrics["learning/loss"]) and math.isfinite(metrics["learning/raw_grad_norm"])):
             raise FloatingPointError(
-                f"step {step}: loss={metrics['learning/loss']}, gradient norm={metrics['learning/raw_grad_norm']}. Nothing "
-                f"was saved after it; the same command resumes from the last checkpoint in {self.checkpointer.directory}. "
-                "A lower learning_rate or gradient_clipping_threshold may help"
+                f"step {step}: loss={metrics['learning/loss']}, gradient norm={metrics['learning/raw_grad_norm']}. "
+                "Nothing was saved after it; the same command resumes from the last checkpoint in "
+                f"{self.checkpointer.directory}. A lower learning_rate or gradient_clipping_threshold may help"
             )
         self.last |= metrics
         if step % self.job.config.log_period == 0 or self.peak_flops == 0.0 or step == self.job.config.steps:
@@ -296,28 +296,11 @@ class Run:
         )
 
     def _evaluate(self, step: int, params: Any) -> None:
-        """Loss, perplexity and bits per byte on the held-out data, with no training step under way."""
-        job, config, dataset = self.job, self.job.config, self.data.evaluation
-        rows = config.eval_per_device_batch_size * job.mesh.size
-        where = sharding.batch_sharding(job.mesh)
-        token_bytes = self.data.token_bytes
-        if token_bytes is None:
-            token_bytes = np.zeros(config.vocab_size, np.int32)
-        if self._eval_step is None:
-            with self.ledger.charge("compile"):
-                eval_step = train_step.make_eval_step(config, job.model, job.abstract_state, job.mesh)
-                batch = train_step.abstract_batch(rows, config.max_target_length, job.mesh)
-                self._eval_step = eval_step.lower(params, batch, token_bytes).compile()
+        assert self.held_out is not None
+        with self.ledger.charge("compile"):
+            self.held_out.compile(params)
         with self.ledger.charge("eval"):
-            available = dataset.num_batches(rows)
-            count = available if config.eval_steps == -1 else min(config.eval_steps, available)
-            batches = (device.global_batch(dataset, index, rows, where) for index in range(count))
-            sums = [jax.device_get(self._eval_step(params, batch, token_bytes)) for batch in batches]
-        nll, weights, num_bytes = (float(sum(s[key] for s in sums)) for key in ("nll", "total_weights", "bytes"))
-        loss = nll / max(weights, 1.0)
-        metrics = {"eval/avg_loss": loss, "eval/avg_perplexity": math.exp(loss), "eval/total_weights": weights}
-        if num_bytes:
-            metrics["eval/bits_per_byte"] = nll / math.log(2) / num_bytes
+            metrics = self.held_out(params)
         self.last |= metrics
         self.metrics.evaluation(step, metrics)
 
@@ -338,30 +321,6 @@ class Run:
             self.console.emit(f"TensorBoard: tensorboard --logdir {self.metrics.tensorboard}")
         if step < config.steps:
             self.console.emit(f"Stopped after step {step:,} of {config.steps:,}; the same command resumes")
-
-
-class StopSignals:
-    """While entered, SIGTERM and SIGINT ask the loop to save and stop; a second one ends the process at once."""
-
-    def __init__(self, console: Console):
-        self.requested = False
-        self._console = console
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-        self._console.emit(f"{signal.Signals(number).name}: saving after this step, then stopping; once more to stop now")
 
 
 def _make_run_directory(job: Job) -> None:

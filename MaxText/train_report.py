@@ -75,8 +75,8 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
         f"{config.max_target_length}); model FLOPs per step: {per_step:.3e}",
         f"Expected loss at initialization: ln({config.vocab_size:,}) = {math.log(config.vocab_size):.3f}",
         f"Memory per device, by arithmetic: {_mib(_device_bytes(abstract.params))} parameters + "
-        f"{_mib(_device_bytes(abstract.opt_state))} optimizer state + {_mib(_device_bytes(abstract.params))} gradients, "
-        "and activations",
+        f"{_mib(_device_bytes(abstract.opt_state))} optimizer state + {_mib(_device_bytes(abstract.params))} "
+        "gradients, and activations",
     ]
 
 
@@ -151,4 +151,3 @@ def _mib(size: int) -> str:
 
 def _shortened(names: list[str]) -> str:
     return "[" + ", ".join(names if len(names) <= 8 else [*names[:4], "...", names[-1]]) + "]"
-

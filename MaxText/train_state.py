@@ -1,6 +1,7 @@
 """What a training step carries: step, parameters, optimizer state; made sharded, never first on one device.
 
-No random key is in it: randomness is a function of the seed and the step, so there is nothing to save and nothing to lose.
+No random key is in it: randomness is a function of the seed and the step, so there is nothing to save and nothing to
+lose.
 """
 
 import dataclasses
@@ -25,9 +26,7 @@ class TrainState:
     opt_state: Any  # Optax's
 
 
-def abstract_train_state(
-    config: FrozenConfigDict, model: models.AbstractModel, mesh: Mesh
-) -> TrainState:
+def abstract_train_state(config: FrozenConfigDict, model: models.AbstractModel, mesh: Mesh) -> TrainState:
     """The state's shapes, dtypes and shardings; nothing is allocated.
 
     Raises:

@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions from a factory, the only place gradients are taken.
 
-The loss is sum(loss * weight) / sum(weight) over the whole global batch, in float32. Gradients are accumulated as sums and
-divided once, so neither the mesh nor the number of accumulation steps changes what is computed.
+The loss is sum(loss * weight) / sum(weight) over the whole global batch, in float32. Gradients are accumulated as sums
+and divided once, so neither the mesh nor the number of accumulation steps changes what is computed.
 """
 
 import functools
@@ -15,26 +15,18 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from MaxText import models, optimizers, sharding, train_state
+from MaxText.input_pipeline import packing
 from MaxText.kernels import cross_entropy
 from MaxText.train_state import TrainState
 
 Batch = Mapping[str, jax.Array]  # [B, T] int32 each
 Metrics = dict[str, jax.Array]  # float32 scalars
 
-BATCH_KEYS = (
-    "inputs",
-    "targets",
-    "inputs_position",
-    "inputs_segmentation",
-    "targets_position",
-    "targets_segmentation",
-)
-
 
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and shardings of a global batch of `rows` sequences."""
     leaf = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
-    return dict.fromkeys(BATCH_KEYS, leaf)
+    return dict.fromkeys(packing.KEYS, leaf)
 
 
 def loss_sums(
@@ -44,7 +36,7 @@ def loss_sums(
     transformer = model.merge(params)
     hidden = transformer(batch["inputs"], batch["inputs_position"], batch["inputs_segmentation"])
     weights = (batch["targets_segmentation"] != 0).astype(jnp.float32)
-    loss, nll = cross_entropy.cross_entropy(
+    loss, nll = cross_entropy.cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]: custom_vjp hides the type
         hidden,
         transformer.unembedding,
         batch["targets"],
@@ -81,7 +73,7 @@ def accumulate(gradient: Callable, params: Any, batch: Batch, steps: int) -> tup
 def make_train_step(
     config: FrozenConfigDict, model: models.AbstractModel, abstract: TrainState, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted (state, batch) -> (state, metrics). The state is donated; call and lower it under `jax.set_mesh(mesh)`."""
+    """The jitted (state, batch) -> (state, metrics); it donates the state. Call and lower it under `jax.set_mesh`."""
     optimizer = optimizers.make_optimizer(config)
     schedule = optimizers.learning_rate_schedule(config)
     gradient = jax.grad(functools.partial(loss_sums, config, model), has_aux=True)
@@ -105,7 +97,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     places = train_state.shardings(abstract)
-    batch_places = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
+    batch_places = dict.fromkeys(packing.KEYS, sharding.batch_sharding(mesh))
     return jax.jit(
         train_step,
         in_shardings=(places, batch_places),
@@ -126,7 +118,7 @@ def make_eval_step(
         return {"nll": sums["lm_loss"], "total_weights": sums["total_weights"], "bytes": target_bytes}
 
     everywhere = sharding.replicated(mesh)
-    batch_places = dict.fromkeys(BATCH_KEYS, sharding.batch_sharding(mesh))
+    batch_places = dict.fromkeys(packing.KEYS, sharding.batch_sharding(mesh))
     places = train_state.shardings(abstract).params
     return jax.jit(eval_step, in_shardings=(places, batch_places, everywhere), out_shardings=everywhere)
 

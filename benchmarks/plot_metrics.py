@@ -1,6 +1,6 @@
 """Draws the loss curve of one or more runs from their metrics.jsonl.
 
-    .venv/bin/python benchmarks/plot_metrics.py outputs/validate_10m --output docs/images/validate_10m.png
+.venv/bin/python benchmarks/plot_metrics.py outputs/validate_10m --output docs/images/validate_10m.png
 """
 
 import argparse

@@ -55,16 +55,8 @@ def prepare(
         OSError: the cache directory cannot be written.
     """
     roots = sources.python_roots() if roots is None else list(roots)
-    key = {
-        "version": [VERSION, token_blocks.FORMAT_VERSION],
-        "python": [sys.prefix, sys.version],
-        "roots": [str(root) for root in roots],
-        "corpus_bytes": corpus_bytes,
-        "vocab_size": vocab_size,
-        "tokenizer_path": tokenizer_path,
-        "tokenizer_sha256": _tokenizer_sha256(tokenizer_path),
-    }
-    pointer = cache_directory / f"embedded-{_digest(key)}.json"
+    key = _key(roots, corpus_bytes, vocab_size, tokenizer_path)
+    pointer = _pointer(cache_directory, key)
     if (corpus := _follow(pointer)) is not None:
         return corpus
     given = _load_given(tokenizer_path, vocab_size)
@@ -79,6 +71,29 @@ def prepare(
     corpus = _follow(pointer)
     assert corpus is not None, pointer
     return corpus
+
+
+def is_prepared(cache_directory: Path, corpus_bytes: int, vocab_size: int, tokenizer_path: str) -> bool:
+    """Whether `prepare` would find a snapshot for these settings."""
+    key = _key(sources.python_roots(), corpus_bytes, vocab_size, tokenizer_path)
+    return _follow(_pointer(cache_directory, key)) is not None
+
+
+def _key(roots: Sequence[Path], corpus_bytes: int, vocab_size: int, tokenizer_path: str) -> dict[str, object]:
+    """Everything that a snapshot is chosen by."""
+    return {
+        "version": [VERSION, token_blocks.FORMAT_VERSION],
+        "python": [sys.prefix, sys.version],
+        "roots": [str(root) for root in roots],
+        "corpus_bytes": corpus_bytes,
+        "vocab_size": vocab_size,
+        "tokenizer_path": tokenizer_path,
+        "tokenizer_sha256": _tokenizer_sha256(tokenizer_path),
+    }
+
+
+def _pointer(cache_directory: Path, key: dict[str, object]) -> Path:
+    return cache_directory / f"embedded-{_digest(key)}.json"
 
 
 def _follow(pointer: Path) -> EmbeddedCorpus | None:

@@ -165,13 +165,7 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
     if config.dataset_type == "synthetic":
         return _open_synthetic(config)
     if config.dataset_type == "embedded":
-        corpus = embedded.prepare(
-            cache_directory=Path(config.data_cache_directory).expanduser(),
-            corpus_bytes=config.embedded_corpus_bytes,
-            vocab_size=config.vocab_size,
-            tokenizer_path=config.tokenizer_path,
-            log=log,
-        )
+        corpus = embedded.prepare(**_embedded_settings(config), log=log)
         train_directory, eval_directory = corpus.train, corpus.heldout
         tokenizer_path, note = corpus.tokenizer_path, f"; {corpus.note}"
     elif config.dataset_type == "grain":
@@ -195,6 +189,25 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
         tokenizer_path=tokenizer_path or train.manifest.tokenizer["name"],
         description=_describe(train, evaluation) + note,
     )
+
+
+def describe(config: Any) -> str:
+    """What a run would say of its data, without making any."""
+    if config.dataset_type == "embedded" and not embedded.is_prepared(**_embedded_settings(config)):
+        return (
+            f"DATA: the Python files of this machine, at most {config.embedded_corpus_bytes / 1e6:.1f} MB of them; not "
+            f"prepared yet, a run would do so first and keep the result in {config.data_cache_directory}"
+        )
+    return open_datasets(config, log=lambda _: None).description
+
+
+def _embedded_settings(config: Any) -> dict[str, Any]:
+    return {
+        "cache_directory": Path(config.data_cache_directory).expanduser(),
+        "corpus_bytes": config.embedded_corpus_bytes,
+        "vocab_size": config.vocab_size,
+        "tokenizer_path": config.tokenizer_path,
+    }
 
 
 def _open_synthetic(config: Any) -> Datasets:

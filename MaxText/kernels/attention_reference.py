@@ -1,7 +1,7 @@
 """Scaled dot-product attention in plain jnp: the oracle every other implementation is tested against.
 
-Causality is by index in the row, documents are kept apart by segment id. The G = N/K query heads that share a key/value head
-stay grouped, so keys and values are never repeated. The softmax is float32 whatever the inputs are.
+Causality is by index in the row, documents are kept apart by segment id. The G = N/K query heads that share a key/value
+head stay grouped, so keys and values are never repeated. The softmax is float32 whatever the inputs are.
 """
 
 import jax

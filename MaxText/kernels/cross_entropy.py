@@ -1,9 +1,9 @@
 """Softmax cross-entropy with z-loss, straight from hidden states, so that the whole [B, T, V] logits never exist.
 
-`cross_entropy_reference` is the plain oracle. `cross_entropy` cuts the sequence into chunks and, when it is differentiated,
-computes the gradients' ingredients in the forward pass: each chunk's logits are made once and never kept or recomputed.
-It runs under shard_map: rows are split over the batch axes, the vocabulary over the vocabulary axis, and the gradient of the
-unembedding is summed locally over all chunks before it crosses the network once.
+`cross_entropy_reference` is the plain oracle. `cross_entropy` cuts the sequence into chunks and, when it is
+differentiated, computes the gradients' ingredients in the forward pass: each chunk's logits are made once and never
+kept or recomputed. It runs under shard_map: rows are split over the batch axes, the vocabulary over the vocabulary
+axis, and the gradient of the unembedding is summed locally over all chunks before it crosses the network once.
 """
 
 import functools
@@ -58,9 +58,11 @@ def cross_entropy(
 
 
 def _forward(hidden, unembedding, targets, weights, z_loss_multiplier, num_chunks, batch_axes, vocab_axis):
-    sums, (d_hidden, d_unembedding) = _run(
+    sums, gradients = _run(
         hidden, unembedding, targets, weights, z_loss_multiplier, num_chunks, batch_axes, vocab_axis, True
     )
+    assert gradients is not None
+    d_hidden, d_unembedding = gradients
     return sums, (d_hidden, d_unembedding.astype(unembedding.dtype))
 
 
@@ -133,7 +135,7 @@ def _local(
     )
     loss_sum, nll_sum, d_unembedding = carry
     sums = jax.lax.psum((loss_sum, nll_sum), batch_axes)
-    if not with_gradients:
+    if d_hidden is None:
         return sums, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
     return sums, (d_hidden, jax.lax.psum(d_unembedding, batch_axes))

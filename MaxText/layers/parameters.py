@@ -1,6 +1,7 @@
 """How a weight is declared: once, with its shape, its logical axes and its initializer.
 
-Everything else about it (abstract shape, sharding, sharded initialization, checkpoint path) derives from that declaration.
+Everything else about it (abstract shape, sharding, sharded initialization, checkpoint path) derives from that
+declaration.
 """
 
 from collections.abc import Callable

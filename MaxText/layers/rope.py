@@ -1,7 +1,7 @@
 """Rotary position embedding: tables for positions, and the rotation.
 
-Pairs are dimensions i and i + H/2 (the half-split layout of GPT-NeoX and Hugging Face Llama). Tables and rotation are float32:
-bfloat16 cannot hold position 511 exactly.
+Pairs are dimensions i and i + H/2 (the half-split layout of GPT-NeoX and Hugging Face Llama). Tables and rotation are
+float32: bfloat16 cannot hold position 511 exactly.
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,5 @@
-"""Goldens: losses of the first 20 CPU steps, parameter counts and shardings. `python -m tests.golden.update` rewrites them.
+"""Goldens: losses of the first 20 CPU steps, parameter counts and shardings. `python -m tests.golden.update` rewrites
+them.
 
 It prints the difference it makes; a change that should not alter numerics must print none. The test only compares.
 """
@@ -20,7 +21,9 @@ def losses() -> str:
     lines = []
     for step in range(20):
         metrics = trainer(support.packed_batch(config, rows=8, seed=step))
-        lines.append(f"{step + 1} loss {metrics['learning/loss']:.5f} grad_norm {metrics['learning/raw_grad_norm']:.4f}\n")
+        lines.append(
+            f"{step + 1} loss {metrics['learning/loss']:.5f} grad_norm {metrics['learning/raw_grad_norm']:.4f}\n"
+        )
     return "".join(lines)
 
 
@@ -40,7 +43,10 @@ def shardings() -> str:
             placed = sharding.named_sharding(support.mesh_of(*mesh), model.logical_axes, model.params)
             lines.append(f"  mesh {mesh}")
             for name, leaf, where in zip(
-                models.parameter_paths(model.params), jax.tree.leaves(model.params), jax.tree.leaves(placed), strict=True
+                models.parameter_paths(model.params),
+                jax.tree.leaves(model.params),
+                jax.tree.leaves(placed),
+                strict=True,
             ):
                 lines.append(f"    {name} {leaf.shape} {where.spec}")
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
-"""The main job as a user runs it, in subprocesses: it learns, resumes bit for bit after kill -9, stops on SIGTERM, and says
-what is wrong when something is."""
+"""The main job as a user runs it, in subprocesses: it learns, resumes bit for bit after kill -9, stops on SIGTERM, and
+says what is wrong when something is.
+"""
 
 import hashlib
 import json
@@ -120,10 +121,10 @@ def test_kill_9_and_resume_is_bit_exact(command, tmp_path):
         process = subprocess.Popen(argv(run_name="killed", **keys), env=environment, stdout=subprocess.PIPE, text=True)
         stop_after = (killed_at[-1] if killed_at else 0) + int(rng.integers(7, 11))
         for line in process.stdout:
-            if match := LINE.match(line):
-                if int(match[1]) >= stop_after:
-                    process.send_signal(signal.SIGKILL)
-                    break
+            match = LINE.match(line)
+            if match and int(match[1]) >= stop_after:
+                process.send_signal(signal.SIGKILL)
+                break
         process.wait()
         process.stdout.close()
         killed_at.append(max(losses(tmp_path / "killed")))
@@ -145,7 +146,9 @@ def test_sigterm_saves_and_the_same_command_resumes(command, tmp_path):
             break
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 75
-    stopped = int(re.search(r"Stopped after step ([\d,]+) of 4,000; the same command resumes", rest)[1].replace(",", ""))
+    stopped = int(
+        re.search(r"Stopped after step ([\d,]+) of 4,000; the same command resumes", rest)[1].replace(",", "")
+    )
     assert (tmp_path / f"run/checkpoints/{stopped}").is_dir()
     done = run(command, **keys | {"steps": stopped + 2})
     assert f"Resuming after step {stopped:,}" in done.stdout

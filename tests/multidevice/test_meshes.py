@@ -21,8 +21,12 @@ def config_of(**keys):
 @functools.cache
 def run(mesh, accumulation, num_kv_heads=1):
     """(losses, gradient norms, final parameters) of 20 steps."""
-    config = config_of(gradient_accumulation_steps=accumulation) if num_kv_heads == 1 else support.small_config(
-        base_num_kv_heads=num_kv_heads, gradient_accumulation_steps=accumulation, learning_rate=1e-2
+    config = (
+        config_of(gradient_accumulation_steps=accumulation)
+        if num_kv_heads == 1
+        else support.small_config(
+            base_num_kv_heads=num_kv_heads, gradient_accumulation_steps=accumulation, learning_rate=3e-3
+        )
     )
     trainer = support.Trainer(config, support.mesh_of(*mesh))
     metrics = [trainer(support.packed_batch(config, rows=32, seed=step)) for step in range(STEPS)]

@@ -30,6 +30,7 @@ LAYERS = {
     "MaxText.metric_logger": 2,
     "MaxText.profiler": 2,
     "MaxText.goodput": 2,
+    "MaxText.preemption": 2,
     "MaxText.models": 3,
     "MaxText.train_state": 4,
     "MaxText.hf_weights": 4,

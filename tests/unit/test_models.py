@@ -64,7 +64,9 @@ def test_gradient_of_a_logit_is_zero_after_its_token(logits_of):
         hidden = model.merge(params).decoder(x, batch["inputs_position"], ones)
         return jnp.sum(hidden[0, 5])
 
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, config.max_target_length, config.base_emb_dim)), jnp.float32)
+    x = jnp.asarray(
+        np.random.default_rng(0).normal(size=(1, config.max_target_length, config.base_emb_dim)), jnp.float32
+    )
     gradient = np.asarray(jax.grad(logit_at_five)(x))
     assert (gradient[0, 6:] == 0).all()
     assert (gradient[0, :6] != 0).any(axis=-1).all()

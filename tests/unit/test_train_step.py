@@ -23,7 +23,9 @@ def test_schedule_of_the_seed():
 def test_gains_are_not_decayed_and_matrices_are():
     params = models.abstract(support.small_config(logits_via_embedding=False)).params
     mask = optimizers.decay_mask(params)
-    not_decayed = {path for path, decayed in zip(models.parameter_paths(params), jax.tree.leaves(mask), strict=True) if not decayed}
+    not_decayed = {
+        path for path, decayed in zip(models.parameter_paths(params), jax.tree.leaves(mask), strict=True) if not decayed
+    }
     assert not_decayed == {
         "decoder.decoder_norm.scale",
         "decoder.layers.post_self_attention_layer_norm.scale",
@@ -52,7 +54,12 @@ def test_a_step_is_optax_adamw_by_hand():
     optimizer = optax.chain(
         optax.clip_by_global_norm(0.05),
         optax.adamw(
-            1e-2, config.adam_b1, config.adam_b2, config.adam_eps, weight_decay=config.adam_weight_decay, mask=optimizers.decay_mask
+            1e-2,
+            config.adam_b1,
+            config.adam_b2,
+            config.adam_eps,
+            weight_decay=config.adam_weight_decay,
+            mask=optimizers.decay_mask,
         ),
     )
     updates, _ = optimizer.update(gradients, optimizer.init(before), before)
@@ -69,5 +76,7 @@ def test_padding_and_cross_document_targets_do_not_count():
     batch = support.packed_batch(config, rows=4, seed=0)
     changed = np.where(batch["targets_segmentation"] == 0, (batch["targets"] + 1) % config.vocab_size, batch["targets"])
     assert (changed != batch["targets"]).any()
-    losses = [support.Trainer(config, support.mesh_of())(b)["learning/loss"] for b in (batch, batch | {"targets": changed})]
+    losses = [
+        support.Trainer(config, support.mesh_of())(b)["learning/loss"] for b in (batch, batch | {"targets": changed})
+    ]
     assert losses[0] == losses[1]

@@ -42,6 +42,4 @@ def test_bfloat16_in_bfloat16_out():
 def test_unknown_implementation_is_named():
     x = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="attention='fast' is none of"):
-        jax.eval_shape(
-            lambda x: attention.attention(x, x, x, jnp.ones((1, 4), jnp.int32), implementation="fast"), x
-        )
+        jax.eval_shape(lambda x: attention.attention(x, x, x, jnp.ones((1, 4), jnp.int32), implementation="fast"), x)
