@@ -5,9 +5,12 @@ step that cannot be read is named and the next older one is used; a step of anot
 the difference.
 """
 
+import contextlib
+import functools
 import logging
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +47,21 @@ class Checkpointer:
     """
 
     def __init__(self, directory: Path, run_info: Mapping[str, Any], *, keep: int, asynchronous: bool):
+        self.directory = directory
+        self._run_info = dict(run_info)
+        self._keep = keep
+        self._asynchronous = asynchronous
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        """Orbax's manager; made at the first save, because importing it takes a second that a fresh start has not."""
         import orbax.checkpoint as ocp
 
-        self._ocp = ocp
-        self._run_info = dict(run_info)
-        self.directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+        return ocp.CheckpointManager(
+            self.directory.absolute(),
             item_names=("state", "data", "config"),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
+                max_to_keep=self._keep, enable_async_checkpointing=self._asynchronous, cleanup_tmp_directories=True
             ),
         )
 
@@ -63,45 +71,70 @@ class Checkpointer:
         Raises:
             OSError: it, or an earlier one still being written, could not be written.
         """
-        args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(state), data=args.JsonSave(dict(data)), config=args.JsonSave(self._run_info)
-            ),
-            force=True,
+        import orbax.checkpoint as ocp
+
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(dict(data)),
+            config=ocp.args.JsonSave(self._run_info),
         )
+        with self._errors_in_words():
+            self._manager.save(step, args=items, force=True)
+
+    def steps(self) -> list[int]:
+        """The steps that are there, the newest first. Orbax gives a step its name when it is complete, not before."""
+        names = [path.name for path in self.directory.glob("*") if path.is_dir()] if self.directory.is_dir() else []
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def restore_newest(self, abstract: TrainState, data: Mapping[str, Any]) -> TrainState | None:
         """The state of the newest step that can be read, or None where there is no step.
 
+        A step that cannot be read is named and moved to `checkpoints_damaged/`, so that its number is free again.
+
         Raises:
-            ValueError: the steps are of another model, or of other data than `data` says.
+            Mismatch: the newest step is of another model, or of other data than `data` says.
             OSError: there are steps, but none of them can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps()
+        damaged = []
         for step in steps:
             try:
-                return restore_step(self.directory / str(step), abstract, self._run_info["config"], data)
+                state = restore_step(self.directory / str(step), abstract, self._run_info["config"], data)
             except Mismatch:
                 raise
             except Exception as error:  # whatever a damaged file makes the readers below raise
                 _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._set_aside(bad)
+            return state
         if steps:
             raise OSError(f"none of the checkpoints {steps} in {self.directory} can be read; nothing was changed there")
         return None
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk.
+    def _set_aside(self, step: int) -> None:
+        place = self.directory.with_name("checkpoints_damaged") / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        place.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(place)
+        _LOG.warning("checkpoint %s was moved to %s", step, place)
 
-        Raises:
-            OSError: something could not be written.
-        """
-        self._manager.wait_until_finished()
+    @contextlib.contextmanager
+    def _errors_in_words(self) -> Iterator[None]:
+        """Whatever Orbax and TensorStore raise when a disk is full or gone, as an OSError that says what to do."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}. Checkpoints "
+                f"{self.steps()} are whole; make room or repair the disk, and the same command resumes from the newest"
+            ) from error
 
     def close(self) -> None:
         """Waits and lets go of the directory."""
-        self._manager.close()
+        with self._errors_in_words():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def check_free_space(directory: Path, abstract: TrainState) -> None:

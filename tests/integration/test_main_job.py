@@ -70,8 +70,11 @@ def arrays_digest(step_directory: pathlib.Path) -> str:
     import orbax.checkpoint as ocp
     from jax import tree_util
 
+    path = (step_directory / "state").absolute()
     with ocp.PyTreeCheckpointer() as checkpointer:
-        state = checkpointer.restore((step_directory / "state").absolute())
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = tree_util.tree_map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     digest = hashlib.sha256()
     for path, leaf in sorted(tree_util.tree_leaves_with_path(state), key=lambda item: str(item[0])):
         digest.update(str(path).encode() + np.asarray(leaf).tobytes())
@@ -164,6 +167,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command, tmp_p
     assert "checkpoint 20 cannot be read, trying an older one" in done.stderr
     assert "Resuming after step 10" in done.stdout
     assert done.returncode == 0, done.stderr
+    assert [path.name.split("-")[0] for path in (tmp_path / "run/checkpoints_damaged").iterdir()] == ["20"]
 
 
 def test_starting_from_another_runs_weights_or_whole_state(command, tmp_path):
@@ -204,7 +208,8 @@ def test_bad_input_is_an_error_in_words(command, tmp_path, name):
     keys, code, message = BAD_INPUTS[name]
     (tmp_path / "file").touch()
     begin = time.monotonic()
-    done = run(command, steps=2, **{key: str(value).format(tmp=tmp_path) for key, value in keys.items()})
+    given = {"steps": 2} | {key: str(value).format(tmp=tmp_path) for key, value in keys.items()}
+    done = run(command, **given)
     assert done.returncode == code, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -221,6 +226,23 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(command, tmp_pat
     assert data.returncode == 1
     assert "data_shuffle_seed: 0 there, 5 here" in data.stderr
     assert arrays_digest(tmp_path / "run/checkpoints/2") == before
+
+
+def test_a_disk_that_fills_up_keeps_what_was_saved(command, tmp_path):
+    """A limit on file size stands for a full disk: the next save fails, loudly, and the last one stays whole."""
+    keys = {"steps": 20, "base_emb_dim": 64, "vocab_size": 4096}
+    assert run(command, **keys).returncode == 0
+    before = arrays_digest(tmp_path / "run/checkpoints/20")
+    argv, environment = command
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "bash", *argv(**keys | {"steps": 24, "jax_cache_dir": ""})]
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr
+    assert "Checkpoints [20] are whole" in done.stderr
+    assert arrays_digest(tmp_path / "run/checkpoints/20") == before
+    done = run(command, **keys | {"steps": 24})
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step 20" in done.stdout
 
 
 def test_dry_run_says_it_all_and_writes_nothing(command, tmp_path):
