@@ -44,7 +44,7 @@ def measure_matmul_flops(dtype: str) -> float:
     import jax
     import jax.numpy as jnp
 
-    size = 1024
+    size = 512
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(jnp.matmul)
     jax.block_until_ready(multiply(x, x))

@@ -30,14 +30,18 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def loss_sums(
-    config: FrozenConfigDict, model: models.AbstractModel, params: Any, batch: Batch
+    config: FrozenConfigDict, model: models.AbstractModel, params: Any, batch: Batch, head_dtype: Any
 ) -> tuple[jax.Array, Metrics]:
-    """The loss summed over the batch's weighted tokens, and the sums its metrics are made of."""
+    """The loss summed over the batch's weighted tokens, and the sums its metrics are made of.
+
+    Args:
+        head_dtype: of the products with the unembedding.
+    """
     transformer = model.merge(params)
     hidden = transformer(batch["inputs"], batch["inputs_position"], batch["inputs_segmentation"])
     weights = (batch["targets_segmentation"] != 0).astype(jnp.float32)
     loss, nll = cross_entropy.cross_entropy(  # pyright: ignore[reportGeneralTypeIssues]: custom_vjp hides the type
-        hidden,
+        hidden.astype(head_dtype),
         transformer.unembedding,
         batch["targets"],
         weights,
@@ -47,6 +51,11 @@ def loss_sums(
         sharding.VOCAB_AXIS,
     )
     return loss, {"loss": loss, "lm_loss": nll, "total_weights": jnp.sum(weights)}
+
+
+def head_dtype(config: FrozenConfigDict, mesh: Mesh) -> str:
+    """The dtype of the products with the unembedding: the config's, but float32 on CPU, which is 1.5 x faster there."""
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else config.dtype
 
 
 def accumulate(gradient: Callable, params: Any, batch: Batch, steps: int) -> tuple[Any, Metrics]:
@@ -76,7 +85,8 @@ def make_train_step(
     """The jitted (state, batch) -> (state, metrics); it donates the state. Call and lower it under `jax.set_mesh`."""
     optimizer = optimizers.make_optimizer(config)
     schedule = optimizers.learning_rate_schedule(config)
-    gradient = jax.grad(functools.partial(loss_sums, config, model), has_aux=True)
+    loss = functools.partial(loss_sums, config, model, head_dtype=head_dtype(config, mesh))
+    gradient = jax.grad(loss, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, sums = accumulate(gradient, state.params, batch, config.gradient_accumulation_steps)
@@ -112,7 +122,7 @@ def make_eval_step(
     """The jitted (params, batch, token_bytes [V] int32) -> sums of nll, weights and target bytes."""
 
     def eval_step(params: Any, batch: Batch, token_bytes: jax.Array) -> Metrics:
-        _, sums = loss_sums(config, model, params, batch)
+        _, sums = loss_sums(config, model, params, batch, head_dtype(config, mesh))
         counted = batch["targets_segmentation"] != 0
         target_bytes = jnp.sum(jnp.where(counted, jnp.take(token_bytes, batch["targets"], mode="clip"), 0))
         return {"nll": sums["lm_loss"], "total_weights": sums["total_weights"], "bytes": target_bytes}

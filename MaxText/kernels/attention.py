@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
-from MaxText.kernels import attention_reference
+from MaxText.kernels.attention_blocked import attention_blocked
+from MaxText.kernels.attention_reference import attention_reference
 
 _LOG = logging.getLogger("MaxText")
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"dot_product": attention_reference.attention_reference}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"dot_product": attention_reference, "blocked": attention_blocked}
 
 
 def attention(
@@ -32,7 +33,7 @@ def attention(
     Raises:
         ValueError: no such implementation.
     """
-    name = "dot_product" if implementation == "autoselected" else implementation
+    name = "blocked" if implementation == "autoselected" else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention={name!r} is none of autoselected, {', '.join(IMPLEMENTATIONS)}")
     _log_choice(implementation, name)

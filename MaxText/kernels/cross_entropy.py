@@ -108,34 +108,39 @@ def _local(
         return jnp.moveaxis(x.reshape(batch, num_chunks, length // num_chunks, *x.shape[2:]), 1, 0)
 
     def chunk_step(carry, chunk):
-        loss_sum, nll_sum, d_unembedding = carry
+        loss_sum, nll_sum, d_table = carry
         x, target, weight = chunk
         logits = jnp.einsum("btd,vd->btv", x, unembedding, preferred_element_type=jnp.float32)
         maximum = jax.lax.pmax(jnp.max(logits, axis=-1), vocab_axis)
         exponentials = jnp.exp(logits - maximum[..., None])
         normalizer = jax.lax.psum(jnp.sum(exponentials, axis=-1), vocab_axis)
         log_z = jnp.log(normalizer) + maximum
-        is_target = local_ids == (target - vocab_start)[..., None]
-        target_logit = jax.lax.psum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab_axis)
+        local_target = target - vocab_start  # outside the slice: some other device has it
+        inside = (local_target >= 0) & (local_target < unembedding.shape[0])
+        chosen = jnp.take_along_axis(logits, local_target[..., None], axis=-1, mode="clip")[..., 0]
+        target_logit = jax.lax.psum(jnp.where(inside, chosen, 0), vocab_axis)
         nll = jnp.sum((log_z - target_logit) * weight)
         loss = nll + z_loss_multiplier * jnp.sum(jnp.square(log_z) * weight)
         d_x = None
         if with_gradients:
             slope = weight * (1 + 2 * z_loss_multiplier * log_z) / normalizer
+            is_target = local_ids == local_target[..., None]
             d_logits = exponentials * slope[..., None] - jnp.where(is_target, weight[..., None], 0)
             d_logits = d_logits.astype(x.dtype)
             d_x = jax.lax.psum(jnp.einsum("btv,vd->btd", d_logits, unembedding), vocab_axis)
-            d_unembedding += jnp.einsum("btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32)
-        return (loss_sum + loss, nll_sum + nll, d_unembedding), d_x
+            # Transposed, so that each product contracts x's last axis: 1.1 x faster on CPU, the same on TPU.
+            x_transposed = jax.lax.optimization_barrier(jnp.moveaxis(x, 2, 0))
+            d_table += jnp.einsum("dbt,btv->dv", x_transposed, d_logits, preferred_element_type=jnp.float32)
+        return (loss_sum + loss, nll_sum + nll, d_table), d_x
 
     zero = jnp.zeros((), jnp.float32)
-    d_unembedding = jnp.zeros(unembedding.shape, jnp.float32) if with_gradients else None
+    d_table = jnp.zeros(unembedding.shape[::-1], jnp.float32) if with_gradients else None
     carry, d_hidden = jax.lax.scan(
-        chunk_step, (zero, zero, d_unembedding), (chunked(hidden), chunked(targets), chunked(weights))
+        chunk_step, (zero, zero, d_table), (chunked(hidden), chunked(targets), chunked(weights))
     )
-    loss_sum, nll_sum, d_unembedding = carry
+    loss_sum, nll_sum, d_table = carry
     sums = jax.lax.psum((loss_sum, nll_sum), batch_axes)
     if d_hidden is None:
         return sums, None
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(hidden.shape)
-    return sums, (d_hidden, jax.lax.psum(d_unembedding, batch_axes))
+    return sums, (d_hidden, jax.lax.psum(d_table, batch_axes).T)

@@ -60,7 +60,7 @@ def test_gradients_are_the_same(mesh, accumulation):
         config = config_of(gradient_accumulation_steps=accumulation)
         model = models.abstract(config)
         batch = support.packed_batch(config, rows=32, seed=0)
-        gradient = jax.grad(functools.partial(train_step.loss_sums, config, model), has_aux=True)
+        gradient = jax.grad(functools.partial(train_step.loss_sums, config, model, head_dtype="float32"), has_aux=True)
         with jax.set_mesh(support.mesh_of(*mesh)):
             params = models.initial_params(config, jax.random.key(0))
             placed = jax.device_put(batch, sharding.batch_sharding(support.mesh_of(*mesh)))

@@ -127,7 +127,7 @@ def test_the_program_does_not_grow_with_depth():
         model = models.abstract(config)
         batch = train_step.abstract_batch(4, config.max_target_length, support.mesh_of())
         with jax.set_mesh(support.mesh_of()):
-            gradient = jax.jit(jax.grad(lambda p, b: train_step.loss_sums(config, model, p, b)[0]))
+            gradient = jax.jit(jax.grad(lambda p, b: train_step.loss_sums(config, model, p, b, "float32")[0]))
             return gradient.lower(model.params, batch).as_text().count("\n")
 
     assert program(3) == program(12)
