@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -28,7 +29,7 @@ SYSTEMS = ["ours", "ours_warm", "hand_written", "maxtext", "torch", "torch_compi
 MEASURES = [
     "tokens_per_second",
     "best_tokens_per_second",
-    "processor_seconds_per_step",  # the one to trust when the machine is shared: it hardly moves with its load
+    "processor_seconds_per_step",  # on a shared machine the steadiest of these: it moves least with the load
     "first_step_seconds",
     "peak_rss_gb",
 ]
@@ -201,6 +202,9 @@ def parse_arguments():
     args = parser.parse_args()
     if args.steps < DROPPED_STEPS + 2:
         parser.error(f"--steps {args.steps} leaves nothing to measure; use at least {DROPPED_STEPS + 2}")
+    for python in filter(None, [args.ours_python, args.maxtext_python, args.torch_python]):
+        if not shutil.which(python):
+            parser.error(f"no interpreter at {python}; benchmarks/peers/README.md says how to install it")
     return args
 
 

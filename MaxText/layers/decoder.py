@@ -98,7 +98,8 @@ def remat(layer: Callable, policy: str, places: tuple[str, ...]) -> Callable:
     if policy == "none":
         return layer
     if policy == "minimal":
-        keep = policies.dots_with_no_batch_dims_saveable
+        # All but what the next layer's input gives: by name, so that a fused kernel counts as its result and no more.
+        keep = policies.save_only_these_names(*CHECKPOINT_NAMES[1:-1])
     elif policy == "full":
         keep = policies.nothing_saveable
     elif policy == "custom":

@@ -43,3 +43,28 @@ def test_unknown_implementation_is_named():
     x = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="attention='fast' is none of"):
         jax.eval_shape(lambda x: attention.attention(x, x, x, jnp.ones((1, 4), jnp.int32), implementation="fast"), x)
+
+
+@pytest.mark.parametrize("implementation", sorted(set(attention.IMPLEMENTATIONS) - {"dot_product"}))
+@pytest.mark.parametrize("length", [1, 3, 8, 17])
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_and_gradients_match_the_reference(implementation, length, num_kv_heads, dtype):
+    rng = np.random.default_rng(length)
+    query = jnp.asarray(rng.normal(size=(2, length, 4, 8)), dtype)
+    key, value = (jnp.asarray(rng.normal(size=(2, length, num_kv_heads, 8)), dtype) for _ in range(2))
+    segment_ids = jnp.asarray(np.sort(rng.integers(0, 3, (2, length))), jnp.int32)
+    weight = jnp.asarray(rng.normal(size=query.shape), jnp.float32)
+
+    def value_and_gradients(name):
+        def loss(*qkv):
+            out = attention.attention(*qkv, segment_ids, implementation=name)
+            return jnp.sum(out.astype(jnp.float32) * weight), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+
+    (_, want), want_gradients = value_and_gradients("dot_product")
+    (_, got), gradients = value_and_gradients(implementation)
+    tolerance = 1e-5 if dtype == jnp.float32 else 6e-2
+    for ours, theirs in zip((got, *gradients), (want, *want_gradients), strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=tolerance)
