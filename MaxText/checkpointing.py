@@ -100,7 +100,7 @@ class Checkpointer:
         for step in steps:
             try:
                 state = restore_step(self.directory / str(step), abstract, self._run_info["config"], data)
-            except Mismatch:
+            except (Mismatch, MemoryError, PermissionError):
                 raise
             except Exception as error:  # whatever a damaged file makes the readers below raise
                 _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
@@ -131,7 +131,9 @@ class Checkpointer:
             ) from error
 
     def close(self) -> None:
-        """Waits and lets go of the directory."""
+        """Waits for what is being written and lets go of the directory."""
+        if "_manager" not in vars(self):
+            return  # nothing was saved
         with self._errors_in_words():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -167,11 +169,12 @@ def restore_step(
     Raises:
         Mismatch: it is of another model or other data.
     """
-    saved = _read_json(directory)
-    _check_same(directory, saved["config"]["config"], config, STATE_KEYS, "model")
-    if data is not None:
-        _check_same(directory, saved["data"], data, tuple(data), "data")
-    return _read(directory, abstract)
+    with _readable(directory):
+        saved = _read_json(directory)
+        _check_same(directory, saved["config"]["config"], config, STATE_KEYS, "model")
+        if data is not None:
+            _check_same(directory, saved["data"], data, tuple(data), "data")
+        return _read(directory, abstract)
 
 
 def restore_params(directory: Path, abstract: TrainState, config: Mapping[str, Any]) -> Any:
@@ -180,10 +183,10 @@ def restore_params(directory: Path, abstract: TrainState, config: Mapping[str, A
     Raises:
         Mismatch: it is of another model.
     """
-    _check_same(directory, _read_json(directory)["config"]["config"], config, MODEL_KEYS, "model")
     import orbax.checkpoint as ocp
 
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _readable(directory), ocp.PyTreeCheckpointer() as checkpointer:
+        _check_same(directory, _read_json(directory)["config"]["config"], config, MODEL_KEYS, "model")
         restored = checkpointer.restore(
             (directory / "state").absolute(),
             args=ocp.args.PyTreeRestore(
@@ -193,6 +196,19 @@ def restore_params(directory: Path, abstract: TrainState, config: Mapping[str, A
             ),
         )
     return restored["params"]
+
+
+@contextlib.contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Whatever the readers raise at a damaged or foreign directory, as an OSError that names it."""
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {directory}; name a step directory, .../checkpoints/<step>")
+    try:
+        yield
+    except (Mismatch, PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{directory} is not a checkpoint that can be read: {_first_line(error)}") from error
 
 
 def _read(directory: Path, abstract: TrainState) -> TrainState:
@@ -205,8 +221,6 @@ def _read(directory: Path, abstract: TrainState) -> TrainState:
 def _read_json(directory: Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {directory}; name a step directory, .../checkpoints/<step>")
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return {name: checkpointer.restore((directory / name).absolute()) for name in ("data", "config")}
 

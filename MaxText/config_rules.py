@@ -212,10 +212,10 @@ def _held_out_files(values: Values, _: Values) -> Iterator[str]:
 def _manifest(values: Values, key: str) -> Iterator[str]:
     """The problem, if any, of the directory of prepared data that values[key] names."""
     text = values[key]
-    if not text or "://" in text:  # a bucket is looked into when it is opened
+    if not text:
         return
     folder = Path(text).expanduser()
-    fix = "give a directory made by MaxText/prepare_data.py"
+    fix = "give a directory of token blocks, such as the train/ or heldout/ of an embedded corpus"
     if not folder.is_dir():
         yield f"{key}={text}: there is no such directory; {fix}"
     elif not (folder / "manifest.json").is_file():

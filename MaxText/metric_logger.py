@@ -26,6 +26,8 @@ class MetricLogger:
         self._writer: Any = None
         self.jsonl.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.jsonl.open("a", encoding="utf-8")
+        if _ends_in_half_a_line(self.jsonl):
+            self._file.write("\n")
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Reports the step: its line on the console first."""
@@ -45,27 +47,35 @@ class MetricLogger:
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         record = {"step": step, "time": round(time.time(), 3), **metrics}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"cannot write {self.jsonl}: {error}; make room, and the same command resumes") from error
         if self.tensorboard is None:
             return
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.tensorboard), flush_secs=10)
+            self._writer = SummaryWriter(str(self.tensorboard), max_queue=0, flush_secs=10)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
 
+def _ends_in_half_a_line(path: Path) -> bool:
+    """Whether a full disk or a kill cut the last line short."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
+
+
 def train_line(step: int, metrics: Mapping[str, float]) -> str:
     """MaxText's line, byte for byte up to the loss; what is ours comes after it."""
-    mfu = metrics.get("perf/mfu")
     return (
         f"completed step: {step}, seconds: {metrics['perf/step_time_seconds']:.3f}, "
         f"TFLOP/s/device: {metrics['perf/per_device_tflops_per_sec']:.3f}, "
         f"Tokens/s/device: {metrics['perf/per_device_tokens_per_sec']:.3f}, "
         f"total_weights: {int(metrics['learning/total_weights'])}, loss: {metrics['learning/loss']:.3f}"
-        f", MFU: {mfu:.1%}, lr: {metrics['learning/current_learning_rate']:.2e}, "
+        f", MFU: {metrics['perf/mfu']:.1%}, lr: {metrics['learning/current_learning_rate']:.2e}, "
         f"grad_norm: {metrics['learning/raw_grad_norm']:.3f}"
     )
 

@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT as a request to save and stop, that the loop looks at between steps."""
 
 import signal
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -9,9 +8,8 @@ from typing import Any
 class StopSignals:
     """While entered, SIGTERM and SIGINT ask the loop to save and stop; a second one ends the process at once."""
 
-    def __init__(self, emit: Callable[[str], None]):
-        self.requested = False
-        self._emit = emit
+    def __init__(self):
+        self.requested = ""  # the name of the signal that came; printing in a handler is not safe
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -24,7 +22,6 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
+        self.requested = signal.Signals(number).name
         for each in self._previous:
             signal.signal(each, signal.SIG_DFL)
-        self._emit(f"{signal.Signals(number).name}: saving after this step, then stopping; once more to stop now")

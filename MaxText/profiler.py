@@ -10,18 +10,20 @@ class Profiler:
 
     def __init__(self, directory: Path, *, enabled: bool, first: int, steps: int):
         self._directory = directory
-        self._start = first if enabled else -1
-        self._stop = first + steps if enabled else -1
+        self._enabled = enabled
+        self._first, self._stop = first, first + steps
+        self._running = False
 
     def before_step(self, launched_steps: int) -> None:
         """Call before dispatching; `launched_steps` counts the steps dispatched since the launch."""
-        if launched_steps == self._start:
+        if self._enabled and launched_steps == self._first:
             jax.profiler.start_trace(str(self._directory))
+            self._running = True
         elif launched_steps == self._stop:
             self.close()
 
     def close(self) -> None:
         """Ends a profile that is under way."""
-        if self._stop >= 0:
-            self._stop = -1
+        if self._running:
+            self._running = False
             jax.profiler.stop_trace()

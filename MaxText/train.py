@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 
@@ -21,9 +22,12 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     if command.message is not None:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `--help | head` ends in peace
         print(command.message)
         return 0
     assert command.config is not None
+
+    import jax
 
     from MaxText import train_loop, train_report
 
@@ -35,7 +39,7 @@ def main(argv: list[str]) -> int:
     except pyconfig.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
         console.close()
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,9 +5,11 @@ of step N-1 are fetched, so the device never waits for the host; before anything
 and checked, so no checkpoint can hold a value that is not finite.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -59,11 +61,6 @@ class Job:
         """The run directory."""
         return Path(self.config.base_output_directory).expanduser() / self.config.run_name
 
-    @property
-    def num_local_devices(self) -> int:
-        """Devices of the mesh that this process drives."""
-        return len(self.mesh.local_devices)
-
 
 def make_job(config: FrozenConfigDict) -> Job:
     """The mesh and the abstract model and state.
@@ -72,6 +69,8 @@ def make_job(config: FrozenConfigDict) -> Job:
         ValueError: the config does not fit the devices.
     """
     problems = config_rules.mesh_problems(config, jax.device_count())
+    if jax.process_count() > 1:
+        problems.append(f"there are {jax.process_count()} processes; this version trains on the devices of one")
     if problems:
         raise pyconfig.ConfigError(problems)
     sizes = [config[f"ici_{axis}_parallelism"] for axis in sharding.MESH_AXES]
@@ -101,11 +100,11 @@ def configure_jax(config: FrozenConfigDict) -> None:
 
 def dry_run(config: FrozenConfigDict, console: Console) -> int:
     """Says all that a run would say before its first step, and compiles the step; allocates and writes nothing."""
-    configure_jax(config)
     job = make_job(config)
     for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
         console.emit(line)
     console.emit(loader.describe(config))
+    console.emit(f"Checkpoints, metrics and TensorBoard would go to {job.directory}")
     console.emit(train_report.compiled_memory(lower(job).compile()))
     console.emit("Dry run: nothing was written")
     return EXIT_COMPLETE
@@ -127,16 +126,17 @@ def train(config: FrozenConfigDict, console: Console, started: float) -> int:
     for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
         console.emit(line)
     _make_run_directory(job)
+    data = loader.open_datasets(config, console.emit)
+    console.emit(data.description)
+    loader.check_epochs(config.steps, job.global_batch_size, data.train.num_windows, config.num_epoch)
     with ledger.charge("compile"):
         lowered = lower(job)
     with futures.ThreadPoolExecutor(1) as background, jax.set_mesh(job.mesh):
         compiling = background.submit(lowered.compile)
-        data = loader.open_datasets(config, console.emit)
-        console.emit(data.description)
-        loader.check_epochs(config.steps, job.global_batch_size, data.train.num_windows, config.num_epoch)
         run = Run(job, data, console, ledger)
         with ledger.charge("restore"):
             state = run.restore_or_initialize()
+        _write_run_record(job, run.info)
         with ledger.charge("compile"):
             compiled = compiling.result()
         console.emit(train_report.compiled_memory(compiled))
@@ -152,9 +152,10 @@ class Run:
         self.metrics = metric_logger.MetricLogger(
             job.directory, enable_tensorboard=config.enable_tensorboard, emit=console.emit
         )
+        self.info = train_report.run_info(config, str(Path(__file__).parent))
         self.checkpointer = checkpointing.Checkpointer(
             job.directory / "checkpoints",
-            json.loads((job.directory / "environment.json").read_text()) | {"config": config.to_dict()},
+            self.info,
             keep=config.max_num_checkpoints_to_keep,
             asynchronous=config.async_checkpointing,
         )
@@ -198,11 +199,23 @@ class Run:
 
     def loop(self, compiled: jax.stages.Compiled, state: TrainState) -> int:
         """Trains to the last step, or until a signal; saves at the end."""
-        config, ledger = self.job.config, self.ledger
+        config = self.job.config
         first = int(state.step)
         if first >= config.steps:
             self.console.emit(f"The run is complete: {first:,} steps are done; raise steps={config.steps} to train on")
             return EXIT_COMPLETE
+        with preemption.StopSignals() as stop:
+            try:
+                step = self._steps(compiled, state, first, stop)
+                self._close(step, step - first)
+            except BaseException:
+                self._abandon()
+                raise
+        return EXIT_COMPLETE if step == config.steps else EXIT_RESUME
+
+    def _steps(self, compiled: jax.stages.Compiled, state: TrainState, first: int, stop: preemption.StopSignals) -> int:
+        """Takes the steps after `first`, with what is due between them; the last step taken."""
+        config, ledger = self.job.config, self.ledger
         profile = profiler.Profiler(
             self.job.directory / "tensorboard",
             enabled=config.profiler == "xplane",
@@ -211,7 +224,7 @@ class Run:
         )
         batches = self._batches(first)
         in_flight: tuple[int, dict[str, jax.Array]] | None = None
-        with preemption.StopSignals(self.console.emit) as stop:
+        with contextlib.closing(profile):
             for step in range(first + 1, config.steps + 1):
                 with ledger.charge("data wait"):
                     batch = next(batches)
@@ -223,7 +236,7 @@ class Run:
                     if in_flight is not None:
                         self._fetch(*in_flight)
                     in_flight = (step, metrics)
-                last = step == config.steps or stop.requested
+                last = step == config.steps or bool(stop.requested)
                 evaluate = self.held_out is not None and (step == config.steps or step % config.eval_interval == 0)
                 save = config.enable_checkpointing and (last or step % config.checkpoint_period == 0)
                 if step == first + 1 or last or evaluate or save:
@@ -232,16 +245,16 @@ class Run:
                     in_flight = None
                 if step == first + 1:
                     self.console.start_bar(step, config.steps)
+                if stop.requested:
+                    self.console.emit(f"{stop.requested}: stopping after step {step:,}; once more to stop at once")
                 if evaluate:
                     self._evaluate(step, state.params)
                 if save:
                     with ledger.charge("save"):
                         self.checkpointer.save(state, step, self.data_position())
                 if last:
-                    break
-        profile.close()
-        self._close(step, step - first)
-        return EXIT_COMPLETE if step == config.steps else EXIT_RESUME
+                    return step
+        raise AssertionError("unreachable: the last step returns")
 
     def _batches(self, first: int) -> Iterator[dict[str, jax.Array]]:
         """The batches of all steps to come; the first is made at once and used while reading ahead starts."""
@@ -264,9 +277,10 @@ class Run:
         """Waits for a step's metrics, checks them, and reports them where that is due."""
         metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
         self.timer.completed()
-        if not (math.isfinite(metrics["learning/loss"]) and math.isfinite(metrics["learning/raw_grad_norm"])):
+        checked = {name: metrics[f"learning/{name}"] for name in ("loss", "raw_grad_norm", "param_norm")}
+        if not all(map(math.isfinite, checked.values())):
             raise FloatingPointError(
-                f"step {step}: loss={metrics['learning/loss']}, gradient norm={metrics['learning/raw_grad_norm']}. "
+                f"step {step}: {', '.join(f'{name}={value}' for name, value in checked.items())}. "
                 "Nothing was saved after it; the same command resumes from the last checkpoint in "
                 f"{self.checkpointer.directory}. A lower learning_rate or gradient_clipping_threshold may help"
             )
@@ -320,11 +334,18 @@ class Run:
         if config.enable_tensorboard:
             self.console.emit(f"TensorBoard: tensorboard --logdir {self.metrics.tensorboard}")
         if step < config.steps:
-            self.console.emit(f"Stopped after step {step:,} of {config.steps:,}; the same command resumes")
+            then = "the same command resumes" if config.enable_checkpointing else "nothing was saved, as asked"
+            self.console.emit(f"Stopped after step {step:,} of {config.steps:,}; {then}")
+
+    def _abandon(self) -> None:
+        """Lets a save under way finish and flushes what there is, whatever went wrong."""
+        for close in (self.checkpointer.close, self.metrics.close, self.console.close):
+            with contextlib.suppress(Exception):
+                close()
 
 
 def _make_run_directory(job: Job) -> None:
-    """Makes the run directory and writes into it what the run is.
+    """Makes the run directory and tries it; changes nothing in one that is there.
 
     Raises:
         OSError: it cannot be written, or is too small for a checkpoint.
@@ -332,12 +353,20 @@ def _make_run_directory(job: Job) -> None:
     directory = job.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yml").write_text(pyconfig.to_yaml(job.config))
-        info = train_report.run_info(job.config, str(Path(__file__).parent))
-        (directory / "environment.json").write_text(json.dumps(info, indent=1) + "\n")
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise OSError(
             f"cannot write the run directory {directory}: {error}; set base_output_directory to one that can be written"
         ) from error
     if job.config.enable_checkpointing:
         checkpointing.check_free_space(directory, job.abstract_state)
+
+
+def _write_run_record(job: Job, info: dict[str, Any]) -> None:
+    """Writes what the run is, once it is certain that it belongs to this directory."""
+    files = {"config.yml": pyconfig.to_yaml(job.config), "environment.json": json.dumps(info, indent=1) + "\n"}
+    for name, text in files.items():
+        partial = job.directory / f".{name}.partial"
+        partial.write_text(text)
+        partial.replace(job.directory / name)

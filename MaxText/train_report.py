@@ -11,6 +11,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxText import flops, hardware
+from MaxText.kernels import attention
 from MaxText.train_state import TrainState
 
 
@@ -69,6 +70,7 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
         f"JAX version: {jax.__version__}",
         f"Devices: {_shortened([str(device) for device in devices])}",
         f"Device count: {devices.size} ({devices[0].device_kind}, {jax.process_count()} process(es))",
+        f"Attention: {attention.chosen(config.attention)} (attention={config.attention})",
         "Mesh: " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         f"Model parameters: {flops.count_parameters(abstract.params)}",
         f"Tokens per step: {tokens_per_step:,} ({tokens_per_step // config.max_target_length} sequences of "
@@ -99,8 +101,8 @@ def peak_flops(config: FrozenConfigDict, device: jax.Device, num_local_devices: 
     chip = hardware.find_chip(device.device_kind)
     if chip is not None:
         return chip.peak_flops, chip.source
-    rate = hardware.measure_matmul_flops(config.dtype) / num_local_devices
-    return rate, f"a {config.dtype} matrix product measured here, as no figure is published for {device.device_kind!r}"
+    rate = hardware.measure_matmul_flops({config.dtype, "float32"}) / num_local_devices
+    return rate, f"the best matrix product measured here, as no figure is published for {device.device_kind!r}"
 
 
 def closing(seconds: Mapping[str, float], steps: int, tokens: int, last: Mapping[str, float]) -> list[str]:

@@ -101,7 +101,7 @@ def make_train_step(
         metrics = _loss_metrics(sums) | {
             "learning/raw_grad_norm": raw_grad_norm,
             "learning/grad_norm": raw_grad_norm * scale,
-            "learning/param_norm": optax.tree.norm(state.params),
+            "learning/param_norm": optax.tree.norm(params),
             "learning/current_learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

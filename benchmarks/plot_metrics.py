@@ -12,7 +12,10 @@ def read(run: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     """Metric name -> (step, value) in order; of a step reported twice, after a resume, the last."""
     series: dict[str, dict[int, float]] = {}
     for line in (run / "metrics" / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that a full disk or a kill cut short
         for name, value in record.items():
             series.setdefault(name, {})[record["step"]] = value
     return {name: sorted(points.items()) for name, points in series.items()}

@@ -54,7 +54,11 @@ class HeldOut:
             sums += [float(result[key]) for key in ("nll", "total_weights", "bytes")]
         nll, weights, num_bytes = sums.tolist()
         loss = nll / max(weights, 1.0)
-        metrics = {"eval/avg_loss": loss, "eval/avg_perplexity": math.exp(loss), "eval/total_weights": weights}
+        metrics = {
+            "eval/avg_loss": loss,
+            "eval/avg_perplexity": math.exp(min(loss, 700.0)),
+            "eval/total_weights": weights,
+        }
         if num_bytes:
             metrics["eval/bits_per_byte"] = nll / math.log(2) / num_bytes
         return metrics

@@ -106,7 +106,7 @@ def _follow(pointer: Path) -> EmbeddedCorpus | None:
         return None
     if not _is_complete(directory):
         return None
-    note = f"snapshot of {taken}, kept in {directory}; to take a new one delete {pointer}"
+    note = f"snapshot of {taken}, kept in {directory}; to take a new one, for new runs, delete {pointer}"
     return EmbeddedCorpus(directory / "train", directory / "heldout", tokenizer_path, note)
 
 

@@ -61,7 +61,8 @@ class TokenDataset:
     """Windows of `sequence_length` + 1 tokens over a directory of token blocks.
 
     Neighbouring windows share one token, the last target of one being the first input of the next, so that every token
-    of a shard but its first is a target once per epoch. A shard's last window is padded, never dropped.
+    of a shard but its first is a target once per epoch; the first of a document is one without weight.
+    A shard's last window is padded, never dropped.
 
     Attributes:
         manifest: of the directory.
@@ -168,19 +169,23 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
         corpus = embedded.prepare(**_embedded_settings(config), log=log)
         train_directory, eval_directory = corpus.train, corpus.heldout
         tokenizer_path, note = corpus.tokenizer_path, f"; {corpus.note}"
+        cure = f"; or delete {corpus.train.parent}, and the same command makes it again"
     elif config.dataset_type == "grain":
         if not config.grain_train_files:
             raise ValueError("dataset_type=grain needs grain_train_files, a directory with a manifest.json")
         train_directory, eval_directory = config.grain_train_files, config.grain_eval_files
-        tokenizer_path, note = config.tokenizer_path, ""
+        tokenizer_path, note, cure = config.tokenizer_path, "", ""
     else:
         raise ValueError(f"dataset_type={config.dataset_type}: use embedded, grain or synthetic")
     length = config.max_target_length
-    train = TokenDataset(train_directory, config.vocab_size, length, shuffle_seed, repeat=True)
     evaluation = None
-    if eval_directory:
-        evaluation = TokenDataset(eval_directory, config.vocab_size, length, shuffle_seed=None, repeat=False)
-        _check_same_tokenizer(train, evaluation)
+    try:
+        train = TokenDataset(train_directory, config.vocab_size, length, shuffle_seed, repeat=True)
+        if eval_directory:
+            evaluation = TokenDataset(eval_directory, config.vocab_size, length, shuffle_seed=None, repeat=False)
+            _check_same_tokenizer(train, evaluation)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error}{cure}") from error
     return Datasets(
         train=train,
         evaluation=evaluation,

@@ -1,18 +1,14 @@
-"""The one attention entry point: picks an implementation by name and says once which.
+"""The one attention entry point: picks an implementation by name.
 
 In and out are as in `attention_reference`. An implementation is a plain function with that signature.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention_blocked import attention_blocked
 from MaxText.kernels.attention_reference import attention_reference
-
-_LOG = logging.getLogger("MaxText")
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"dot_product": attention_reference, "blocked": attention_blocked}
 
@@ -33,13 +29,16 @@ def attention(
     Raises:
         ValueError: no such implementation.
     """
+    return IMPLEMENTATIONS[chosen(implementation)](query, key, value, segment_ids)
+
+
+def chosen(implementation: str) -> str:
+    """The name of the implementation that serves.
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
     name = "blocked" if implementation == "autoselected" else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention={name!r} is none of autoselected, {', '.join(IMPLEMENTATIONS)}")
-    _log_choice(implementation, name)
-    return IMPLEMENTATIONS[name](query, key, value, segment_ids)
-
-
-@functools.cache
-def _log_choice(asked: str, chosen: str) -> None:
-    _LOG.info("attention=%s: using %s", asked, chosen)
+    return name

@@ -65,8 +65,12 @@ def losses(directory: pathlib.Path) -> dict[int, float]:
     return {record["step"]: record["learning/loss"] for record in records if "learning/loss" in record}
 
 
-def arrays_digest(step_directory: pathlib.Path) -> str:
-    """A hash of every array of a checkpoint: parameters, both moments, step."""
+def newest_step(directory: pathlib.Path) -> int:
+    return max(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def arrays(step_directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path: parameters, both moments, step."""
     import orbax.checkpoint as ocp
     from jax import tree_util
 
@@ -75,9 +79,13 @@ def arrays_digest(step_directory: pathlib.Path) -> str:
         tree = checkpointer.metadata(path).item_metadata.tree
         as_numpy = tree_util.tree_map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {str(path): np.asarray(leaf) for path, leaf in tree_util.tree_leaves_with_path(state)}
+
+
+def arrays_digest(step_directory: pathlib.Path) -> str:
     digest = hashlib.sha256()
-    for path, leaf in sorted(tree_util.tree_leaves_with_path(state), key=lambda item: str(item[0])):
-        digest.update(str(path).encode() + np.asarray(leaf).tobytes())
+    for path, array in sorted(arrays(step_directory).items()):
+        digest.update(path.encode() + array.tobytes())
     return digest.hexdigest()
 
 
@@ -128,9 +136,10 @@ def test_kill_9_and_resume_is_bit_exact(command, tmp_path):
             if match and int(match[1]) >= stop_after:
                 process.send_signal(signal.SIGKILL)
                 break
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         process.stdout.close()
         killed_at.append(max(losses(tmp_path / "killed")))
+    assert killed_at[-1] < 40
     last = run(command, run_name="killed", **keys)
     assert last.returncode == 0, last.stderr
     assert "Resuming after step " in last.stdout
@@ -184,12 +193,12 @@ def test_starting_from_another_runs_weights_or_whole_state(command, tmp_path):
 
 
 def test_not_finite_stops_and_is_never_saved(command, tmp_path):
-    done = run(command, steps=40, learning_rate=1e30, warmup_steps_fraction=0, checkpoint_period=1)
+    done = run(command, steps=40, learning_rate=1e20, warmup_steps_fraction=0.05, checkpoint_period=1)
     assert done.returncode == 1
-    assert re.search(r"error: step \d+: loss=\S+, gradient norm=", done.stderr)
-    bad = int(re.search(r"error: step (\d+):", done.stderr)[1])
-    saved = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
-    assert all(step < bad for step in saved)
+    bad = int(re.search(r"error: step (\d+): loss=\S+, raw_grad_norm=", done.stderr)[1])
+    assert bad > 1
+    assert newest_step(tmp_path / "run") == bad - 1
+    assert all(np.isfinite(array).all() for array in arrays(tmp_path / f"run/checkpoints/{bad - 1}").values())
 
 
 BAD_INPUTS = {
@@ -199,6 +208,7 @@ BAD_INPUTS = {
     "more devices than there are": ({"ici_tensor_parallelism": 4}, 2, "device"),
     "missing data": ({"dataset_type": "grain", "grain_train_files": "{tmp}/nowhere"}, 2, "nowhere"),
     "missing checkpoint": ({"load_full_state_path": "{tmp}/gone/3"}, 1, "there is no checkpoint"),
+    "a directory that is no checkpoint": ({"load_parameters_path": "{tmp}"}, 1, "is not a checkpoint that can be read"),
     "output directory that cannot be written": ({"base_output_directory": "{tmp}/file"}, 1, "cannot write"),
 }
 
@@ -219,6 +229,7 @@ def test_bad_input_is_an_error_in_words(command, tmp_path, name):
 def test_a_checkpoint_of_another_model_or_other_data_is_refused(command, tmp_path):
     assert run(command, steps=2).returncode == 0
     before = arrays_digest(tmp_path / "run/checkpoints/2")
+    record = (tmp_path / "run/config.yml").read_text()
     model = run(command, steps=4, base_mlp_dim=96)
     assert model.returncode == 1
     assert "base_mlp_dim: 64 there, 96 here" in model.stderr
@@ -226,6 +237,25 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(command, tmp_pat
     assert data.returncode == 1
     assert "data_shuffle_seed: 0 there, 5 here" in data.stderr
     assert arrays_digest(tmp_path / "run/checkpoints/2") == before
+    assert (tmp_path / "run/config.yml").read_text() == record
+
+
+def test_the_saved_config_can_be_trained_from(command, tmp_path):
+    assert run(command, steps=2).returncode == 0
+    argv, environment = command
+    again = [*TRAIN, str(tmp_path / "run/config.yml"), "steps=3"]
+    done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=300, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step 2" in done.stdout
+
+
+def test_a_profile_is_written_and_a_run_too_short_for_one_is_no_error(command, tmp_path):
+    keys = {"profiler": "xplane", "profiler_steps": 2}
+    done = run(command, steps=3, skip_first_n_steps_for_profiler=5, **keys)
+    assert done.returncode == 0, done.stderr
+    done = run(command, steps=8, skip_first_n_steps_for_profiler=1, **keys)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run/tensorboard").rglob("*.xplane.pb"))
 
 
 def test_a_disk_that_fills_up_keeps_what_was_saved(command, tmp_path):

@@ -261,3 +261,13 @@ for file, found in names.items():
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_config_key_is_read_somewhere():
+    from MaxText import config_files, config_rules
+
+    readers = [p for p in (ROOT / "MaxText").rglob("*.py") if not p.name.startswith(("pyconfig", "config_"))]
+    text = "\n".join(path.read_text() for path in readers)
+    by_pattern = ("ici_", *config_rules.REMAT_KEYS)  # read by constructed names
+    unread = [key for key in config_files.manual() if not key.startswith(by_pattern) and f"config.{key}" not in text]
+    assert not unread

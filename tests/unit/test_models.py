@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxText import flops, models, pyconfig, sharding, train_step
+from MaxText import config_rules, flops, models, pyconfig, sharding, train_step
+from MaxText.layers import decoder
 from tests import support
 
 
@@ -131,6 +132,10 @@ def test_the_program_does_not_grow_with_depth():
             return gradient.lower(model.params, batch).as_text().count("\n")
 
     assert program(3) == program(12)
+
+
+def test_the_config_names_every_tensor_a_policy_can_keep():
+    assert config_rules.REMAT_KEYS == decoder.CHECKPOINT_NAMES
 
 
 def test_every_weight_names_as_many_axes_as_it_has():

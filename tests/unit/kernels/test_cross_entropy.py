@@ -50,9 +50,13 @@ def test_values_and_gradients(sizes, z_loss):
 def test_bfloat16_accumulates_the_table_gradient_in_float32():
     args = example(jnp.bfloat16)
     with jax.set_mesh(support.mesh_of()):
-        got = jax.grad(lambda u: chunked(args[0], u, *args[2:], 0.0)[0])(args[1])
+        gradient = jax.jit(jax.grad(lambda u: chunked(args[0], u, *args[2:], 0.0)[0]))
+        program = gradient.lower(args[1]).as_text()
+        got = gradient(args[1])
+    carried = [line for line in program.splitlines() if "stablehlo.while" in line]
+    assert any("tensor<16x24xf32>" in line for line in carried)  # the sum over chunks
+    assert not any("tensor<16x24xbf16>" in line for line in carried)
     want = jax.grad(lambda u: reference(args[0].astype(jnp.float32), u, *args[2:], 0.0)[0])(args[1])
-    assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=0.1)
 
 
