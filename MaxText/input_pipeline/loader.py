@@ -185,7 +185,7 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
             evaluation = TokenDataset(eval_directory, config.vocab_size, length, shuffle_seed=None, repeat=False)
             _check_same_tokenizer(train, evaluation)
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error}{cure}") from error
+        raise type(error)(f"{error}{cure}") from error
     return Datasets(
         train=train,
         evaluation=evaluation,

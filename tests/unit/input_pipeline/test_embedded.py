@@ -65,7 +65,7 @@ def test_the_second_start_searches_nothing(prepared, tree, monkeypatch):
     monkeypatch.setattr(tokenizer, "load", None)
     lines = []
     assert prepare(cache, tree, lines.append) == corpus
-    assert lines == [] and "to take a new one delete" in corpus.note
+    assert lines == [] and "to take a new one, for new runs, delete" in corpus.note
 
 
 def test_a_lost_pointer_does_not_encode_again(prepared, tree, monkeypatch):
