@@ -299,7 +299,6 @@ def test_a_run_name_is_a_plain_directory_name(name):
         ("query_proj=device", "use remat_policy=custom"),
         ("base_output_directory=", "such as base_output_directory=outputs"),
         ("dataset_type=grain eval_interval=-1", "needs grain_train_files="),
-        ("dataset_type=grain grain_train_files=gs://bucket/x", "needs grain_eval_files="),
         ("dataset_type=grain eval_interval=-1 grain_train_files=/no/such", "/no/such: there is no such directory"),
         (f"dataset_type=grain eval_interval=-1 grain_train_files={CONFIGS}", f"{CONFIGS / 'manifest.json'}"),
         ("steps=0", "steps=0 (command line): must be at least 1"),
@@ -316,6 +315,12 @@ def test_a_run_name_is_a_plain_directory_name(name):
 )
 def test_an_impossible_value_is_told_with_numbers_and_fix(argv, message):
     assert message in the_problem(BASE, RUN, *argv.split())
+
+
+def test_evaluation_needs_held_out_data(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    problem = the_problem(BASE, RUN, "dataset_type=grain", f"grain_train_files={tmp_path}")
+    assert "needs grain_eval_files=" in problem
 
 
 @pytest.mark.parametrize(
