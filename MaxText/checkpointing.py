@@ -100,9 +100,9 @@ class Checkpointer:
         for step in steps:
             try:
                 state = restore_step(self.directory / str(step), abstract, self._run_info["config"], data)
-            except (Mismatch, MemoryError, PermissionError):
+            except PermissionError:
                 raise
-            except Exception as error:  # whatever a damaged file makes the readers below raise
+            except OSError as error:
                 _LOG.warning("checkpoint %s cannot be read, trying an older one: %s", step, _first_line(error))
                 damaged.append(step)
                 continue
@@ -159,21 +159,21 @@ class Mismatch(ValueError):
 
 
 def restore_step(
-    directory: Path, abstract: TrainState, config: Mapping[str, Any], data: Mapping[str, Any] | None
+    directory: Path, abstract: TrainState, config: Mapping[str, Any], data: Mapping[str, Any]
 ) -> TrainState:
     """The whole state of one step directory, on the shardings of `abstract`.
 
     Args:
-        data: the position's fixed part (which data, in which order); None does not check it.
+        data: the position's fixed part: which data, in which order.
 
     Raises:
         Mismatch: it is of another model or other data.
+        OSError: it cannot be read.
     """
     with _readable(directory):
         saved = _read_json(directory)
         _check_same(directory, saved["config"]["config"], config, STATE_KEYS, "model")
-        if data is not None:
-            _check_same(directory, saved["data"], data, tuple(data), "data")
+        _check_same(directory, saved["data"], data, tuple(data), "data")
         return _read(directory, abstract)
 
 

@@ -50,13 +50,14 @@ def from_hugging_face(weights: Mapping[str, np.ndarray], abstract_params: Mappin
 
     def one(path: str, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         used.add(name)
-        theirs = shape if len(shape) == 1 or "{layer}" not in NAMES[path] else _matrix_shape(path, shape)[::-1]
+        layered = "{layer}" in NAMES[path]
+        theirs = _matrix_shape(path, shape)[::-1] if layered else shape
         if name not in weights:
             missing.append(name)
         elif weights[name].shape != theirs:
             misshapen.append(f"{name}: {weights[name].shape} there, {theirs} needed")
         else:
-            array = weights[name] if theirs is shape else weights[name].T
+            array = weights[name].T if layered else weights[name]
             return array.reshape(shape).astype(dtype)
         return np.zeros(shape, dtype)
 

@@ -5,6 +5,7 @@ killed run leaves whole lines; a resumed run appends, and a reader takes the las
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,8 +65,10 @@ class MetricLogger:
 
 def _ends_in_half_a_line(path: Path) -> bool:
     """Whether a full disk or a kill cut the last line short."""
-    content = path.read_bytes()
-    return bool(content) and not content.endswith(b"\n")
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return size > 0 and file.read() != b"\n"
 
 
 def train_line(step: int, metrics: Mapping[str, float]) -> str:

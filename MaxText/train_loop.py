@@ -1,6 +1,6 @@
 """The whole of training: config -> mesh -> model -> data -> state -> loop.
 
-While the step compiles in a thread, the data is opened and the state is made. Step N is dispatched before the metrics
+While the step compiles in a thread, the state is made. Step N is dispatched before the metrics
 of step N-1 are fetched, so the device never waits for the host; before anything is saved the step in flight is fetched
 and checked, so no checkpoint can hold a value that is not finite.
 """
@@ -89,20 +89,19 @@ def lower(job: Job) -> jax.stages.Lowered:
         return step.lower(job.abstract_state, batch)
 
 
-def configure_jax(config: FrozenConfigDict) -> None:
-    """Sets the process-wide options: compilation cache, precision."""
-    if config.jax_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+def open_job(config: FrozenConfigDict, console: Console) -> Job:
+    """Sets JAX's precision, makes the job and says what it is going to be."""
     precision = None if config.matmul_precision == "default" else config.matmul_precision
     jax.config.update("jax_default_matmul_precision", precision)
+    job = make_job(config)
+    for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
+        console.emit(line)
+    return job
 
 
 def dry_run(config: FrozenConfigDict, console: Console) -> int:
     """Says all that a run would say before its first step, and compiles the step; allocates and writes nothing."""
-    job = make_job(config)
-    for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
-        console.emit(line)
+    job = open_job(config, console)
     console.emit(loader.describe(config))
     console.emit(f"Checkpoints, metrics and TensorBoard would go to {job.directory}")
     console.emit(train_report.compiled_memory(lower(job).compile()))
@@ -121,10 +120,10 @@ def train(config: FrozenConfigDict, console: Console, started: float) -> int:
         FloatingPointError: the loss or the gradient is not finite; nothing was saved after that.
     """
     ledger = goodput.TimeLedger(started)
-    configure_jax(config)
-    job = make_job(config)
-    for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
-        console.emit(line)
+    if config.jax_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    job = open_job(config, console)
     _make_run_directory(job)
     data = loader.open_datasets(config, console.emit)
     console.emit(data.description)
@@ -168,8 +167,7 @@ class Run:
 
     def restore_or_initialize(self) -> TrainState:
         """The state to go on from: this run's newest checkpoint, else the one the config names, else a fresh one."""
-        job, config = self.job, self.job.config
-        resolved = config.to_dict()
+        job, config, resolved = self.job, self.job.config, self.info["config"]
         if config.enable_checkpointing:
             state = self.checkpointer.restore_newest(job.abstract_state, self.data_position())
             if state is not None:
@@ -236,7 +234,8 @@ class Run:
                     if in_flight is not None:
                         self._fetch(*in_flight)
                     in_flight = (step, metrics)
-                last = step == config.steps or bool(stop.requested)
+                signal_name = stop.requested  # read once: it may come at any time
+                last = step == config.steps or bool(signal_name)
                 evaluate = self.held_out is not None and (step == config.steps or step % config.eval_interval == 0)
                 save = config.enable_checkpointing and (last or step % config.checkpoint_period == 0)
                 if step == first + 1 or last or evaluate or save:
@@ -245,8 +244,8 @@ class Run:
                     in_flight = None
                 if step == first + 1:
                     self.console.start_bar(step, config.steps)
-                if stop.requested:
-                    self.console.emit(f"{stop.requested}: stopping after step {step:,}; once more to stop at once")
+                if signal_name:
+                    self.console.emit(f"{signal_name}: stopping after step {step:,}; once more to stop at once")
                 if evaluate:
                     self._evaluate(step, state.params)
                 if save:

@@ -100,7 +100,7 @@ def _local(
     hidden, unembedding, targets, weights, *, z_loss_multiplier, num_chunks, batch_axes, vocab_axis, with_gradients
 ):
     """One device's share: its rows against its slice of the vocabulary."""
-    batch, length, dim = hidden.shape
+    batch, length, _ = hidden.shape
     vocab_start = jax.lax.axis_index(vocab_axis) * unembedding.shape[0]
     local_ids = jnp.arange(unembedding.shape[0])[None, None]
 
@@ -128,7 +128,7 @@ def _local(
             d_logits = exponentials * slope[..., None] - jnp.where(is_target, weight[..., None], 0)
             d_logits = d_logits.astype(x.dtype)
             d_x = jax.lax.psum(jnp.einsum("btv,vd->btd", d_logits, unembedding), vocab_axis)
-            # Transposed, so that each product contracts x's last axis: 1.1 x faster on CPU, the same on TPU.
+            # Transposed, so that each product contracts x's last axis: 1.1 x faster on CPU.
             x_transposed = jax.lax.optimization_barrier(jnp.moveaxis(x, 2, 0))
             d_table += jnp.einsum("dbt,btv->dv", x_transposed, d_logits, preferred_element_type=jnp.float32)
         return (loss_sum + loss, nll_sum + nll, d_table), d_x
