@@ -10,7 +10,7 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ MODEL_KEYS = (
     "weight_dtype",
 )
 # Those that the optimizer's state depends on besides.
-STATE_KEYS = (*MODEL_KEYS, "mu_dtype")
+STATE_KEYS = (*MODEL_KEYS, "opt_type", "mu_dtype")
 
 
 class Checkpointer:
@@ -50,24 +50,39 @@ class Checkpointer:
     Args:
         directory: the run's `checkpoints/`.
         run_info: what is saved as `config`: {"config": resolved keys, ...}; a restored step's model keys must be equal.
+        keep: so many of the newest are kept, and besides them the steps of `keep_always`.
     """
 
-    def __init__(self, directory: Path, run_info: Mapping[str, Any], *, keep: int, asynchronous: bool):
+    def __init__(
+        self,
+        directory: Path,
+        run_info: Mapping[str, Any],
+        *,
+        keep: int,
+        keep_always: Sequence[int] = (),
+        asynchronous: bool,
+    ):
         self.directory = directory
         self._run_info = dict(run_info)
         self._keep = keep
+        self._keep_always = keep_always
         self._asynchronous = asynchronous
 
     @functools.cached_property
     def _manager(self) -> Any:
         """Orbax's manager; made at the first save, because importing it takes a second that a fresh start has not."""
         import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
         return ocp.CheckpointManager(
             self.directory.absolute(),
             item_names=("state", "data", "config"),
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, enable_async_checkpointing=self._asynchronous, cleanup_tmp_directories=True
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(self._keep), policies.CustomSteps(self._keep_always)]
+                ),
+                enable_async_checkpointing=self._asynchronous,
+                cleanup_tmp_directories=True,
             ),
         )
 

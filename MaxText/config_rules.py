@@ -15,6 +15,7 @@ import ml_collections
 
 Values = Mapping[str, Any]
 
+AUTO = "auto"  # the value of a numeric key that is left to arithmetic; see schedule_plan.py
 MESH_KEYS = ("ici_data_parallelism", "ici_fsdp_parallelism", "ici_tensor_parallelism")
 REMAT_KEYS = (
     "decoder_layer_input",
@@ -55,20 +56,25 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "-1 or at least 1",
         lambda value: value == -1 or value >= 1,
-        " ".join(MESH_KEYS) + " num_epoch eval_interval eval_steps learning_rate_schedule_steps",
+        " ".join(MESH_KEYS) + " num_epoch eval_interval eval_steps learning_rate_schedule_steps branch_decay_from",
     ),
     (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
         "sharding_tolerance warmup_steps_fraction wsd_decay_steps_fraction learning_rate_final_fraction",
     ),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_b1 adam_b2 dropout_rate"),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_b1 adam_b2 muon_beta dropout_rate"),
 )
 
 
 def out_of_range(values: Values) -> dict[str, str]:
     """The keys whose number is outside its range, each with the range in words."""
-    return {key: rule for rule, holds, keys in LIMITS for key in keys.split() if not holds(values[key])}
+    return {
+        key: rule
+        for rule, holds, keys in LIMITS
+        for key in keys.split()
+        if values[key] != AUTO and not holds(values[key])
+    }
 
 
 def contradictions(values: Values, defaults: Values, ignore: Collection[str]) -> list[str]:
@@ -188,6 +194,30 @@ def _schedule(values: Values, _: Values) -> Iterator[str]:
         )
 
 
+def _steps_by_epochs(values: Values, _: Values) -> Iterator[str]:
+    if values["steps"] == AUTO and values["num_epoch"] == -1:
+        yield "steps=auto takes its number from the data, and num_epoch=-1 names no number of passes; use num_epoch=1"
+    if values["steps"] == AUTO and values["dataset_type"] == "synthetic":
+        yield "steps=auto takes its number from the data, and dataset_type=synthetic never ends; give steps a number"
+
+
+def _branch(values: Values, _: Values) -> Iterator[str]:
+    start = values["branch_decay_from"]
+    if start == -1:
+        return
+    if values["lr_schedule_type"] != "wsd" or not values["wsd_decay_steps_fraction"] < 1:
+        yield (
+            f"branch_decay_from={start} with lr_schedule_type={values['lr_schedule_type']} and "
+            f"wsd_decay_steps_fraction={values['wsd_decay_steps_fraction']}: only the stable phase of wsd has "
+            "branches; use lr_schedule_type=wsd and a fraction below 1"
+        )
+    if values["load_full_state_path"] or values["load_parameters_path"]:
+        yield (
+            f"branch_decay_from={start} starts from this run's own checkpoint; "
+            "leave load_full_state_path and load_parameters_path out"
+        )
+
+
 def _one_filled_axis(values: Values, _: Values) -> Iterator[str]:
     filled = [key for key in MESH_KEYS if values[key] == -1]
     if len(filled) > 1:
@@ -243,7 +273,7 @@ def _custom_remat(values: Values, defaults: Values) -> Iterator[str]:
 
 
 def _training_files(values: Values, _: Values) -> Iterator[str]:
-    if values["dataset_type"] == "grain":
+    if values["dataset_type"] == "grain" and not values["compile_topology"]:
         yield from _manifest(values, "grain_train_files")
         if not values["grain_train_files"]:
             yield (
@@ -253,7 +283,7 @@ def _training_files(values: Values, _: Values) -> Iterator[str]:
 
 
 def _held_out_files(values: Values, _: Values) -> Iterator[str]:
-    if values["dataset_type"] == "grain" and values["eval_interval"] != -1:
+    if values["dataset_type"] == "grain" and values["eval_interval"] != -1 and not values["compile_topology"]:
         yield from _manifest(values, "grain_eval_files")
         if not values["grain_eval_files"]:
             yield (
@@ -305,6 +335,17 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Values, Values], Iterator[str]]],
         ),
         _schedule,
     ),
+    (("steps", "num_epoch", "dataset_type"), _steps_by_epochs),
+    (
+        (
+            "branch_decay_from",
+            "lr_schedule_type",
+            "wsd_decay_steps_fraction",
+            "load_full_state_path",
+            "load_parameters_path",
+        ),
+        _branch,
+    ),
     (
         ("num_vocab_tiling", "max_target_length"),
         lambda values, _: _divides(values, "num_vocab_tiling", ["max_target_length"]),
@@ -313,6 +354,6 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Values, Values], Iterator[str]]],
     (MESH_KEYS, _one_filled_axis),
     (_FSDP_KEYS, lambda values, _: _fsdp(values)),
     (_TENSOR_KEYS, lambda values, _: _tensor(values)),
-    (("dataset_type", "grain_train_files"), _training_files),
-    (("dataset_type", "eval_interval", "grain_eval_files"), _held_out_files),
+    (("dataset_type", "grain_train_files", "compile_topology"), _training_files),
+    (("dataset_type", "eval_interval", "grain_eval_files", "compile_topology"), _held_out_files),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import FrozenConfigDict
 
-from MaxText import config_rules, models, pyconfig, sharding, train_state, train_step
+from MaxText import config_rules, flops, models, pyconfig, schedule_plan, sharding, train_state, train_step
 from MaxText.train_state import TrainState
 
 
@@ -32,7 +32,24 @@ class Job:
     @property
     def directory(self) -> Path:
         """The run directory."""
-        return Path(self.config.base_output_directory).expanduser() / self.config.run_name
+        return schedule_plan.run_directory(self.config)
+
+    def settled(self, num_windows: int | None) -> tuple["Job", list[str]]:
+        """The job with a number for all that its config leaves to arithmetic, and that arithmetic in words.
+
+        Args:
+            num_windows: sequences in one pass over the training data; None where no data is at hand.
+
+        Raises:
+            ValueError: the data is smaller than one batch, or a branch does not start in the stable phase.
+        """
+        config, lines = schedule_plan.settled(
+            self.config,
+            num_parameters=flops.count_parameters(self.abstract_state.params).total,
+            num_windows=num_windows,
+            global_batch_size=self.global_batch_size,
+        )
+        return dataclasses.replace(self, config=config), lines
 
 
 def make_job(config: FrozenConfigDict, devices: Sequence[jax.Device]) -> Job:

@@ -4,6 +4,8 @@ Weight decay falls on matrices only: every parameter except normalization gains 
 attention. With layers stacked for scan a vector is a two-dimensional array, so names decide and not ranks.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import FrozenConfigDict
+from optax import contrib
+
+from MaxText.schedule_plan import phases
 
 _VECTORS = ("scale", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+_ADAM_RMS = 0.2  # root mean square of an entry of AdamW's updates, before the learning rate
 
 # How much of the way from the final to the peak rate is left after a share p of the decay.
 DECAY_STYLES: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,7 +30,7 @@ DECAY_STYLES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def learning_rate_schedule(config: FrozenConfigDict) -> optax.Schedule:
     """Step -> learning rate: linear from 0 to the peak, then as lr_schedule_type says, then constant."""
-    warmup = _phases(config)[0]
+    warmup = phases(config)[0]
     decay = _decay(config)
 
     def rate(step: Any) -> Any:
@@ -46,22 +52,13 @@ def mtp_weight_schedule(config: FrozenConfigDict) -> optax.Schedule:
     return weight
 
 
-def _phases(config: FrozenConfigDict) -> tuple[int, int, int]:
-    """The steps after which warm-up has ended, the decay has begun, and it has ended."""
-    length = config.steps if config.learning_rate_schedule_steps == -1 else config.learning_rate_schedule_steps
-    warmup = round(length * config.warmup_steps_fraction)
-    if config.lr_schedule_type == "cosine":
-        return warmup, warmup, length
-    return warmup, length - round(length * config.wsd_decay_steps_fraction), length
-
-
 def _decay(config: FrozenConfigDict) -> optax.Schedule:
     """Step -> the share of the peak rate after warm-up: 1, then down to the final fraction.
 
     Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983; stable phase: Hu et al. 2024, arXiv:2404.06395,
     section 4; 1-sqrt: Hägele et al. 2024, arXiv:2405.18392, section 3.
     """
-    _, start, end = _phases(config)
+    _, start, end = phases(config)
     lowest = config.learning_rate_final_fraction
     style = "cosine" if config.lr_schedule_type == "cosine" else config.wsd_decay_style
 
@@ -79,12 +76,35 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _VECTORS, params)
 
 
-def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
-    """AdamW, without clipping: the step clips, because it reports the norm before and after.
+def is_muon(path: Any) -> bool:
+    """True for the parameters that Muon updates where it is chosen: the matrices of the layers."""
+    names = [key.key for key in path]
+    return "layers" in names and names[-1] not in (*_VECTORS, "lambda_projection")
 
-    Source: Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.
+
+def _matrix_axes(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers:
+    """The input and the output axes of each layer's matrix; the axis of the layers is neither, so each stands alone."""
+    split = leaf.ndim - 1 if path[-1].key == "out" else 2  # the attention's output has heads and their width as input
+    return contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, leaf.ndim)))
+
+
+def _as_large_as_adam(updates: Any, _: Any) -> Any:
+    """Scales orthogonal updates to the root mean square of AdamW's, so that both take one learning rate and decay."""
+
+    def scaled(path: Any, update: jax.Array) -> jax.Array:
+        axes = _matrix_axes(path, update)
+        sides = [math.prod(update.shape[axis] for axis in side) for side in axes]
+        return update * _ADAM_RMS * math.sqrt(max(sides))
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
+
+
+def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
+    """AdamW, or Muon with AdamW; without clipping: the step clips, because it reports the norm before and after.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2; Liu et al. 2025, arXiv:2502.16982, equation 4.
     """
-    return optax.adamw(
+    adamw = optax.adamw(
         learning_rate_schedule(config),
         b1=config.adam_b1,
         b2=config.adam_b2,
@@ -93,3 +113,17 @@ def make_optimizer(config: FrozenConfigDict) -> optax.GradientTransformation:
         mu_dtype=config.mu_dtype,
         mask=decay_mask,
     )
+    if config.opt_type == "adamw":
+        return adamw
+    muon = optax.chain(
+        contrib.scale_by_muon(
+            beta=config.muon_beta,
+            mu_dtype=config.mu_dtype,
+            weight_dimension_numbers=functools.partial(jax.tree_util.tree_map_with_path, _matrix_axes),
+        ),
+        optax.stateless(_as_large_as_adam),
+        optax.add_decayed_weights(config.adam_weight_decay),
+        optax.scale_by_learning_rate(learning_rate_schedule(config)),
+    )
+    labels = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: "muon" if is_muon(path) else "adamw")
+    return optax.partition({"muon": muon, "adamw": adamw}, labels)

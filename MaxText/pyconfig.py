@@ -18,6 +18,7 @@ import yaml
 
 from MaxText import config_files, config_rules
 from MaxText.config_files import BASE_PATH, Key, Setting, manual
+from MaxText.config_rules import AUTO
 
 FLAGS = ("--help", "-h", "--explain", "--dry-run")
 USAGE = """\
@@ -221,12 +222,15 @@ def _parse(text: str, key: Key) -> bool | int | float | str:
         if text.strip() not in ("true", "false", "True", "False"):
             raise ValueError("must be true or false")
         return text.strip() in ("true", "True")
+    if text == AUTO and AUTO in key.choices:
+        return AUTO
     whole = isinstance(key.default, int)
     number = _number(text, whole)
     if number is None:
         plain = text.replace(",", "").replace(" ", "")
         advice = f"; write {plain}" if plain != text and _number(plain, whole) is not None else ""
-        raise ValueError(f"must be a {'whole ' if whole else ''}number, such as {_text(key.default)}{advice}")
+        kind = f"{'whole ' if whole else ''}number{' or auto' if key.choices else ''}"
+        raise ValueError(f"must be a {kind}, such as {_text(key.default)}{advice}")
     return number
 
 

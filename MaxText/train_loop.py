@@ -26,6 +26,7 @@ from MaxText import (
     preemption,
     profiler,
     pyconfig,
+    schedule_plan,
     sharding,
     train_report,
     train_state,
@@ -57,7 +58,11 @@ def open_job(config: FrozenConfigDict, console: Console) -> Job:
 def dry_run(config: FrozenConfigDict, console: Console) -> int:
     """Says all that a run would say before its first step, and compiles the step; allocates and writes nothing."""
     job = open_job(config, console)
-    console.emit(loader.describe(config))
+    description, num_windows = loader.describe(config)
+    console.emit(description)
+    job, lines = job.settled(num_windows)
+    for line in lines:
+        console.emit(line)
     console.emit(f"Checkpoints, metrics and TensorBoard would go to {job.directory}")
     console.emit(train_report.compiled_memory(lower(job).compile()))
     console.emit("Dry run: nothing was written")
@@ -82,6 +87,10 @@ def train(config: FrozenConfigDict, console: Console, started: float) -> int:
     _make_run_directory(job)
     data = loader.open_datasets(config, console.emit)
     console.emit(data.description)
+    job, lines = job.settled(data.train.num_windows)
+    for line in lines:
+        console.emit(line)
+    config = job.config
     loader.check_epochs(config.steps, job.global_batch_size, data.train.num_windows, config.num_epoch)
     with ledger.charge("compile"):
         lowered = lower(job)
@@ -109,10 +118,16 @@ class Run:
             job.directory, enable_tensorboard=config.enable_tensorboard, emit=console.emit
         )
         self.info = train_report.run_info(config, str(Path(__file__).parent))
+        self.epoch_ends = (
+            schedule_plan.epoch_ends(config.steps, job.global_batch_size, data.train.num_windows)
+            if config.checkpoint_every_epoch
+            else []
+        )
         self.checkpointer = checkpointing.Checkpointer(
             job.directory / "checkpoints",
             self.info,
             keep=config.max_num_checkpoints_to_keep,
+            keep_always=self.epoch_ends,
             asynchronous=config.async_checkpointing,
         )
         self.timer = goodput.StepTimer()
@@ -194,7 +209,8 @@ class Run:
                 signal_name = stop.requested  # read once: it may come at any time
                 last = step == config.steps or bool(signal_name)
                 evaluate = self.held_out is not None and (step == config.steps or step % config.eval_interval == 0)
-                save = config.enable_checkpointing and (last or step % config.checkpoint_period == 0)
+                due = last or step % config.checkpoint_period == 0 or step in self.epoch_ends
+                save = config.enable_checkpointing and due
                 if step == first + 1 or last or evaluate or save:
                     with ledger.charge("step"):
                         self._fetch(*in_flight)

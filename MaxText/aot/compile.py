@@ -25,7 +25,7 @@ def compile_step(config: FrozenConfigDict) -> tuple[Job, jax.stages.Compiled, di
     if not config.compile_topology:
         raise ValueError("compile_topology is not given; such as compile_topology=v5e-8 or v6e-1")
     topology = topologies.parse(config.compile_topology)
-    job = make_job(config, topologies.devices(topology))
+    job, _ = make_job(config, topologies.devices(topology)).settled(num_windows=None)
     lowered = lower(job)
     begin = time.perf_counter()
     compiled = lowered.compile(compiler_options={**compiler_options.options(topology.family)})

@@ -196,14 +196,16 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
     )
 
 
-def describe(config: Any) -> str:
-    """What a run would say of its data, without making any."""
+def describe(config: Any) -> tuple[str, int | None]:
+    """What a run would say of its data, without making any, and how many sequences there are; None: not known yet."""
     if config.dataset_type == "embedded" and not embedded.is_prepared(**_embedded_settings(config)):
-        return (
+        text = (
             f"DATA: the Python files of this machine, at most {config.embedded_corpus_bytes / 1e6:.1f} MB of them; not "
             f"prepared yet, a run would do so first and keep the result in {config.data_cache_directory}"
         )
-    return open_datasets(config, log=lambda _: None).description
+        return text, None
+    data = open_datasets(config, log=lambda _: None)
+    return data.description, data.train.num_windows
 
 
 def _embedded_settings(config: Any) -> dict[str, Any]:

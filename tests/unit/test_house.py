@@ -28,6 +28,7 @@ LAYERS = {
     "MaxText.flops": 1,
     "MaxText.layers.*": 2,
     "MaxText.input_pipeline.*": 2,
+    "MaxText.schedule_plan": 1,
     "MaxText.optimizers": 2,
     "MaxText.metric_logger": 2,
     "MaxText.profiler": 2,

@@ -78,3 +78,35 @@ def test_padding_and_cross_document_targets_do_not_count():
         support.Trainer(config, support.mesh_of())(b)["learning/loss"] for b in (batch, batch | {"targets": changed})
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("attention_type", models.ATTENTION_TYPES)
+def test_muon_orthogonalizes_each_layer_alone_and_leaves_the_rest_to_adamw(attention_type):
+    keys = {"attention_type": attention_type, "base_num_kv_heads": 2, "mtp_num_layers": 1, "adam_weight_decay": 0.0}
+    config = support.small_config(**keys, opt_type="muon", warmup_steps_fraction=0.0, learning_rate=1.0)
+    params = models.initial_params(config, jax.random.key(0))
+    gradients = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
+
+    def updates_of(config, gradients):
+        optimizer = optimizers.make_optimizer(config)
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    muon = updates_of(config, gradients)
+    adamw = updates_of(support.small_config(**dict(config) | {"opt_type": "adamw"}), gradients)
+    # Another gradient of layer 1 must not change the update of layer 0.
+    other = updates_of(config, jax.tree.map(lambda g: g.at[1:].multiply(-3.0), gradients))
+    for (path, ours), theirs, shuffled in zip(
+        jax.tree_util.tree_leaves_with_path(muon), jax.tree.leaves(adamw), jax.tree.leaves(other), strict=True
+    ):
+        names = [key.key for key in path]
+        vector = names[-1] in ("scale", "lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "lambda_projection")
+        assert optimizers.is_muon(path) == ("layers" in names and not vector), names
+        if not optimizers.is_muon(path):
+            np.testing.assert_array_equal(ours, theirs, err_msg=str(names))
+            continue
+        np.testing.assert_array_equal(ours[0], shuffled[0], err_msg=str(names))
+        rows = int(np.prod(ours.shape[1:-1])) if names[-1] == "out" else ours.shape[1]
+        matrix = np.asarray(ours[0]).reshape(rows, -1)
+        singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+        assert np.quantile(singular, 0.1) > 0.5, (names, singular)  # the smallest of a square one may be almost 0
+        assert singular.max() < 1.3, (names, singular)
