@@ -104,8 +104,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that are there, the newest first. Orbax gives a step its name when it is complete, not before."""
-        names = [path.name for path in self.directory.glob("*") if path.is_dir()] if self.directory.is_dir() else []
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        return steps_in(self.directory)
 
     def restore_newest(self, abstract: TrainState, data: Mapping[str, Any]) -> TrainState | None:
         """The state of the newest step that can be read, or None where there is no step.
@@ -158,6 +157,12 @@ class Checkpointer:
         with self._errors_in_words():
             self._manager.wait_until_finished()
             self._manager.close()
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps that have a directory of their own there, the newest first."""
+    names = [path.name for path in directory.glob("*") if path.is_dir()] if directory.is_dir() else []
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
 def check_free_space(directory: Path, abstract: TrainState) -> None:
@@ -217,6 +222,16 @@ def restore_params(directory: Path, abstract: TrainState, config: Mapping[str, A
             ),
         )
     return restored["params"]
+
+
+def read_info(directory: Path) -> dict[str, Any]:
+    """What was saved beside the weights of one step directory: {"config": resolved keys, "git_commit": ..., ...}.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with _readable(directory):
+        return _read_json(directory)["config"]
 
 
 @contextlib.contextmanager

@@ -45,11 +45,14 @@ def flops_per_token(
     vocab_size: int,
     length: int,
     attention_type: str,
+    mtp_num_layers: int,
+    mtp_transformer_block: bool,
 ) -> int:
     """Training FLOPs of one token in a causal sequence of `length` tokens, forward and backward.
 
     Differential attention counts each map's scores, and the product with the values once: the maps can be subtracted
-    before it, whatever a kernel does.
+    before it, whatever a kernel does. A multi-token prediction head counts its projection, its block if it has one, and
+    its share of the unembedding.
     Source: Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B, with the attention term halved for causality.
     """
     num_maps = num_query_heads
@@ -58,6 +61,8 @@ def flops_per_token(
         num_maps = 2 * num_query_heads
         gates = dim * num_query_heads
     projections = dim * head_dim * (num_maps + num_query_heads + 2 * num_kv_heads) + gates
-    matmul_weights = num_layers * (projections + 3 * dim * mlp_dim) + dim * vocab_size
+    heads_ahead = mtp_num_layers * dim * (2 * dim + vocab_size)
+    num_layers += mtp_num_layers * mtp_transformer_block
+    matmul_weights = num_layers * (projections + 3 * dim * mlp_dim) + dim * vocab_size + heads_ahead
     attention = num_layers * (num_maps + num_query_heads) * head_dim * (length + 1) // 2
     return 6 * (matmul_weights + attention)

@@ -30,10 +30,10 @@ DECAY_STYLES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def learning_rate_schedule(config: FrozenConfigDict) -> optax.Schedule:
     """Step -> learning rate: linear from 0 to the peak, then as lr_schedule_type says, then constant."""
-    warmup = phases(config)[0]
     decay = _decay(config)
 
     def rate(step: Any) -> Any:
+        warmup = phases(config)[0]  # here, because steps may be `auto` while only the state's shapes are asked for
         warm = jnp.minimum(step / warmup, 1.0) if warmup else 1.0
         return config.learning_rate * warm * decay(step)
 
@@ -58,11 +58,11 @@ def _decay(config: FrozenConfigDict) -> optax.Schedule:
     Source: cosine: Loshchilov & Hutter 2016, arXiv:1608.03983; stable phase: Hu et al. 2024, arXiv:2404.06395,
     section 4; 1-sqrt: Hägele et al. 2024, arXiv:2405.18392, section 3.
     """
-    _, start, end = phases(config)
     lowest = config.learning_rate_final_fraction
     style = "cosine" if config.lr_schedule_type == "cosine" else config.wsd_decay_style
 
     def share(step: Any) -> Any:
+        _, start, end = phases(config)
         passed = jnp.clip((step - start) / max(end - start, 1), 0.0, 1.0)
         if style == "exponential":
             return lowest**passed

@@ -75,6 +75,12 @@ def run_directory(config: FrozenConfigDict) -> Path:
     return run if config.branch_decay_from == -1 else run / "branches" / str(config.branch_decay_from)
 
 
+def branch_start(config: FrozenConfigDict) -> Path:
+    """The checkpoint of the run itself that its branch starts from."""
+    run = Path(config.base_output_directory).expanduser() / config.run_name
+    return run / "checkpoints" / str(config.branch_decay_from)
+
+
 def epoch_ends(steps: int, global_batch_size: int, num_windows: int) -> list[int]:
     """The last whole step of each pass over the data, up to `steps`."""
     passes = ((steps + 1) * global_batch_size - 1) // num_windows
@@ -98,7 +104,6 @@ def _branch(config: FrozenConfigDict) -> tuple[dict[str, Any], str]:
         "learning_rate_schedule_steps": length,
         "warmup_steps_fraction": warmup / length,
         "wsd_decay_steps_fraction": (length - start) / length,
-        "load_full_state_path": str(Path(config.base_output_directory) / config.run_name / "checkpoints" / str(start)),
         "checkpoint_every_epoch": False,
     }
     return values, f"branch_decay_from={start:,}: the last {length - start:,} steps of a run of {length:,} that decays"

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent import futures
@@ -22,6 +23,7 @@ from ml_collections import FrozenConfigDict
 from MaxText import (
     checkpointing,
     goodput,
+    hf_directory,
     metric_logger,
     preemption,
     profiler,
@@ -117,7 +119,7 @@ class Run:
         self.metrics = metric_logger.MetricLogger(
             job.directory, enable_tensorboard=config.enable_tensorboard, emit=console.emit
         )
-        self.info = train_report.run_info(config, str(Path(__file__).parent))
+        self.info = train_report.run_info(config, data, job.tokens_per_step, str(Path(__file__).parent))
         self.epoch_ends = (
             schedule_plan.epoch_ends(config.steps, job.global_batch_size, data.train.num_windows)
             if config.checkpoint_every_epoch
@@ -145,15 +147,22 @@ class Run:
             if state is not None:
                 self.console.emit(f"Resuming after step {int(state.step):,} from {self.checkpointer.directory}")
                 return state
-        if config.load_full_state_path:
-            path = Path(config.load_full_state_path).expanduser()
+        start = config.load_full_state_path
+        if config.branch_decay_from != -1:
+            start = schedule_plan.branch_start(config)
+        if start:
+            path = Path(start).expanduser()
             self.console.emit(f"Starting from the full state in {path}")
             return checkpointing.restore_step(path, job.abstract_state, resolved, self.data_position())
         state = train_state.initial_train_state(config, job.abstract_state)
         if config.load_parameters_path:
             path = Path(config.load_parameters_path).expanduser()
             self.console.emit(f"Starting from the weights in {path}")
-            params = checkpointing.restore_params(path, job.abstract_state, resolved)
+            if hf_directory.is_one(path):
+                params = hf_directory.read(path, config, job.abstract_state.params)
+                params = jax.device_put(params, train_state.shardings(job.abstract_state).params)
+            else:
+                params = checkpointing.restore_params(path, job.abstract_state, resolved)
             state = dataclasses.replace(state, params=params)
         return state
 
@@ -342,3 +351,18 @@ def _write_run_record(job: Job, info: dict[str, Any]) -> None:
         partial = job.directory / f".{name}.partial"
         partial.write_text(text)
         partial.replace(job.directory / name)
+    _copy_tokenizer(Path(info["tokenizer"]).expanduser(), job.directory / "tokenizer")
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Keeps the tokenizer with the run, if it is a directory or a file and not the name of one on the hub."""
+    if target.exists() or not source.exists() or source == Path():
+        return
+    partial = target.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if source.is_dir():
+        shutil.copytree(source, partial)
+    else:
+        partial.mkdir()
+        shutil.copy(source, partial)
+    partial.rename(target)

@@ -11,6 +11,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxText import flops, hardware
+from MaxText.input_pipeline.loader import Datasets
 from MaxText.kernels import attention
 from MaxText.train_state import TrainState
 
@@ -60,6 +61,8 @@ def model_flops_per_token(config: FrozenConfigDict) -> int:
         vocab_size=config.vocab_size,
         length=config.max_target_length,
         attention_type=config.attention_type,
+        mtp_num_layers=config.mtp_num_layers,
+        mtp_transformer_block=config.mtp_transformer_block,
     )
 
 
@@ -133,10 +136,13 @@ def git_commit(directory: str) -> str:
         return "unknown"
 
 
-def run_info(config: FrozenConfigDict, directory: str) -> dict[str, Any]:
-    """What is saved beside the weights: the resolved config, the commit, the versions and the compiler's flags."""
+def run_info(config: FrozenConfigDict, data: Datasets, tokens_per_step: int, directory: str) -> dict[str, Any]:
+    """What is saved beside the weights: the resolved config, the data, the commit, versions and compiler flags."""
     return {
         "config": config.to_dict(),
+        "data": data.description.removeprefix("DATA: "),
+        "tokenizer": data.tokenizer_path,
+        "tokens_per_step": tokens_per_step,
         "git_commit": git_commit(directory),
         "jax_version": jax.__version__,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -29,6 +29,11 @@ SMALL = {
 }
 
 
+def shipped_config(path: pathlib.Path, *settings: str) -> FrozenConfigDict:
+    """A file of configs/ with these settings, whether or not its data is on this machine."""
+    return pyconfig.initialize([str(path), "run_name=test", "compile_topology=v5e-8", *settings], {})
+
+
 def small_config(**overrides: object) -> FrozenConfigDict:
     """A float32 model of a few thousand parameters, checked like any config."""
     keys = SMALL | overrides

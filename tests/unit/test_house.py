@@ -37,6 +37,7 @@ LAYERS = {
     "MaxText.models": 3,
     "MaxText.train_state": 4,
     "MaxText.hf_weights": 4,
+    "MaxText.hf_directory": 5,
     "MaxText.loss": 4,
     "MaxText.train_step": 5,
     "MaxText.checkpointing": 5,
@@ -45,18 +46,20 @@ LAYERS = {
     "MaxText.train_report": 6,
     "MaxText.job": 6,
     "MaxText.aot.*": 7,
+    "MaxText.trained": 7,
+    "MaxText.hf_export": 8,
     "MaxText.train_loop": 7,
-    "MaxText.train": 8,
-    "MaxText.decode": 8,
-    "MaxText.evaluate": 8,
-    "MaxText.export_hf": 8,
-    "MaxText.prepare_data": 8,
-    "MaxText.train_tokenizer": 8,
-    "MaxText.train_compile": 8,
-    "MaxText.multihost_runner": 8,
-    "MaxText.multihost_job": 8,
+    "MaxText.train": 9,
+    "MaxText.decode": 9,
+    "MaxText.evaluate": 9,
+    "MaxText.export_hf": 9,
+    "MaxText.prepare_data": 9,
+    "MaxText.train_tokenizer": 9,
+    "MaxText.train_compile": 9,
+    "MaxText.multihost_runner": 9,
+    "MaxText.multihost_job": 9,
 }
-ENTRY_LAYER = 8
+ENTRY_LAYER = 9
 # One concern in several files, which may import each other as the files of a subpackage may.
 SIBLINGS = ({"MaxText.pyconfig", "MaxText.config_files", "MaxText.config_rules"},)
 

@@ -35,6 +35,18 @@ def test_validate_10m_has_exactly_the_seeds_parameters():
     assert str(count) == "18,287,872 (12,582,912 embedding, 5,704,960 other)"
 
 
+def test_pythonlm_has_1_08_billion_parameters():
+    config = support.shipped_config(support.ROOT / "configs/pythonlm_1b.yml")
+    dim, layers, vocabulary = 1536, 24, 151808
+    attention = 2 * dim * 12 * 128 + 2 * dim * 4 * 128 + 4 * 128  # query and out, key and value, lambda vectors
+    layer = attention + 3 * dim * 4096 + 2 * dim
+    head_ahead = 2 * dim * dim + 3 * dim
+    total = 2 * vocabulary * dim + layers * layer + dim + head_ahead
+    count = flops.count_parameters(models.abstract(config).params)
+    assert (count.total, count.embedding) == (total, 2 * vocabulary * dim)
+    assert str(count) == "1,075,144,704 (466,354,176 embedding, 608,790,528 other)"
+
+
 def test_flops_per_token_by_hand():
     # one layer, D=2, N=2, K=2, H=3, F=5, V=7, length 4
     shape = {"dim": 2, "num_layers": 1, "num_query_heads": 2, "num_kv_heads": 2, "head_dim": 3, "mlp_dim": 5}
@@ -42,12 +54,18 @@ def test_flops_per_token_by_hand():
     weights = 2 * (2 * 3) * 2 + 2 * (2 * 3) * 2 + 3 * 2 * 5 + 2 * 7  # query and out, key and value, mlp, logits
     pairs_per_token = (1 + 2 + 3 + 4) / 4
     standard = 6 * weights + 3 * 2 * 2 * (2 * 3) * pairs_per_token  # scores and values of two heads of 3
+    shape |= {"mtp_num_layers": 0, "mtp_transformer_block": False}
     assert flops.flops_per_token(**shape, attention_type="standard") == standard
     # Two maps of 3, one product with values of 6: the same numbers.
     assert flops.flops_per_token(**shape, attention_type="differential") == standard
     # Two heads, two maps and a gate more.
     more = 6 * (2 * (2 * 3) + 2 * 2) + 3 * 2 * (2 * 3) * pairs_per_token
     assert flops.flops_per_token(**shape, attention_type="differential_v2") == standard + more
+    # Two heads ahead: each a projection from 2D to D and the logits; with a block, each is a layer as well.
+    heads = 2 * 6 * (2 * 2 * 2 + 2 * 7)
+    shape |= {"attention_type": "standard", "mtp_num_layers": 2}
+    assert flops.flops_per_token(**shape) == standard + heads
+    assert flops.flops_per_token(**shape | {"mtp_transformer_block": True}) == 3 * standard + heads - 2 * 6 * 2 * 7
 
 
 def test_a_token_changes_no_logit_before_it(logits_of):

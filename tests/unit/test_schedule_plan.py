@@ -46,13 +46,14 @@ def test_every_epoch_has_its_end_and_the_last_step_is_one():
 def test_a_branch_is_the_end_of_a_run_that_long():
     config, lines = settled(**WSD, steps=2000, branch_decay_from=900, run_name="r")
     assert config.steps == config.learning_rate_schedule_steps == 1000
-    assert config.load_full_state_path == "outputs/r/checkpoints/900"
+    assert str(schedule_plan.branch_start(config)) == "outputs/r/checkpoints/900"
     assert "the last 100 steps of a run of 1,000" in lines[0]
     rate = optimizers.learning_rate_schedule(config)
     assert float(rate(900)) == pytest.approx(config.learning_rate)
     assert float(rate(901)) < config.learning_rate
     assert float(rate(1000)) == pytest.approx(config.learning_rate * config.learning_rate_final_fraction)
     assert str(schedule_plan.run_directory(config)) == "outputs/r/branches/900"
+    assert schedule_plan.settled(config, num_parameters=1, num_windows=1, global_batch_size=1)[0] == config
     with pytest.raises(ValueError, match="from step 40 to 1,800"):
         settled(**WSD, steps=2000, branch_decay_from=1900)
 

@@ -1,0 +1,119 @@
+"""Exports a trained model as a directory for `transformers`: weights, configuration, tokenizer and a model card."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from MaxText import flops, hf_directory, models, trained
+from MaxText.input_pipeline import tokenizer
+from MaxText.trained import Trained
+
+USAGE = """usage: python MaxText/export_hf.py RUN OUT [dtype=float32|bfloat16]
+
+  RUN    a run directory (its newest checkpoint is exported) or one of its checkpoints
+  OUT    the directory to write; it must not exist or be empty
+  dtype  of the weights in the files; float32, the default, is exact"""
+DTYPES = ("float32", "bfloat16")
+
+
+def main(argv: list[str], emit: Callable[[str], None]) -> int:
+    """The exit code: 0 exported, 2 the command is not understood.
+
+    Raises:
+        ValueError, OSError: the run cannot be read, cannot be exported, or OUT cannot be written.
+    """
+    if {"-h", "--help"} & set(argv):
+        emit(USAGE)
+        return 0
+    settings = dict(word.split("=", 1) for word in argv if "=" in word)
+    paths = [word for word in argv if "=" not in word]
+    dtype = settings.pop("dtype", "float32")
+    if len(paths) != 2 or settings or dtype not in DTYPES:
+        emit(f"error: cannot understand {' '.join(argv) or 'no arguments'}\n\n{USAGE}")
+        return 2
+    export(Path(paths[0]), Path(paths[1]), dtype, emit)
+    return 0
+
+
+def export(run: Path, out: Path, dtype: str, emit: Callable[[str], None]) -> None:
+    """Writes the model of the run's newest checkpoint, or of the checkpoint given, to `out`.
+
+    Raises:
+        ValueError, OSError: the run cannot be read or exported, or `out` is not empty.
+    """
+    out = out.expanduser()
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; give a directory that does not exist yet")
+    opened = trained.load(run, jax.devices()[:1], {})
+    words = tokenizer.load(opened.tokenizer_path) if opened.tokenizer_path else None
+    params = jax.device_get(opened.params)
+    hf_directory.write(out, opened.config, params, dtype, None if words is None else words.eos_id)
+    if words is not None:
+        _save_tokenizer(opened.tokenizer_path, out)
+    card = model_card(opened, dtype, has_tokenizer=words is not None)
+    (out / "README.md").write_text(card)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    emit(f"Exported step {opened.step:,} of {opened.directory.parent.parent} to {out}: {size / 1e6:,.1f} MB, {dtype}")
+    emit(f"Load it with transformers.AutoModelForCausalLM.from_pretrained({os.fspath(out)!r})")
+
+
+def model_card(opened: Trained, dtype: str, has_tokenizer: bool) -> str:
+    """What the model is, what it was trained on, and how good it is, with the numbers its run recorded."""
+    config, info, step = opened.config, opened.info, opened.step
+    saved = info["config"]
+    last = _recorded(opened.directory.parent.parent / "metrics" / "metrics.jsonl", step)
+    tokens = step * info["tokens_per_step"]
+    rows = {
+        "Architecture": hf_directory.ARCHITECTURES[config.attention_type][1],
+        "Parameters": str(flops.count_parameters(models.abstract(config).params)),
+        "Data": info["data"],
+        "Steps": f"{step:,} of {saved['steps']:,}",
+        "Tokens seen": f"{tokens:,} ({info['tokens_per_step']:,} a step, sequences of {saved['max_target_length']:,})",
+        "Training loss": _number(last, "learning/loss", "nats per token"),
+        "Held-out loss": _number(last, "eval/avg_loss", "nats per token"),
+        "Held-out bits per byte": _number(last, "eval/bits_per_byte", ""),
+        "Weights": f"{dtype} (trained with {saved['weight_dtype']} weights, {saved['dtype']} activations)",
+        "Code": f"commit {info['git_commit']}, JAX {info['jax_version']}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    notes = ["A base model: it continues text, and follows no instructions. What it writes has not been checked."]
+    if config.mtp_num_layers:
+        notes.append(
+            f"`{hf_directory.EXTRA}` has the multi-token prediction weights, for which the architecture has no place."
+        )
+    if not has_tokenizer:
+        notes.append("It was trained on random tokens, so there is no tokenizer.")
+    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [code, python]\n---"
+    return "\n\n".join([f"{front}\n# {saved['run_name']}", f"| | |\n|---|---|\n{table}", *notes]) + "\n"
+
+
+def _save_tokenizer(tokenizer_path: str, out: Path) -> None:
+    source = Path(tokenizer_path).expanduser()
+    if source.is_dir():
+        shutil.copytree(source, out, dirs_exist_ok=True)
+    elif source.is_file():
+        shutil.copy(source, out)
+    else:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(out)
+
+
+def _recorded(metrics: Path, step: int) -> dict[str, Any]:
+    """The newest value of every metric at or before the step."""
+    last: dict[str, Any] = {}
+    if metrics.is_file():
+        for line in metrics.read_text().splitlines():
+            record = json.loads(line) if line.endswith("}") else {}
+            if record.get("step", step + 1) <= step:
+                last |= record
+    return last
+
+
+def _number(last: dict[str, Any], name: str, unit: str) -> str:
+    return f"{last[name]:.4f} {unit}".strip() if name in last else "not measured"
