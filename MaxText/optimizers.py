@@ -84,17 +84,21 @@ def is_muon(path: Any) -> bool:
 
 def _matrix_axes(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers:
     """The input and the output axes of each layer's matrix; the axis of the layers is neither, so each stands alone."""
-    split = leaf.ndim - 1 if path[-1].key == "out" else 2  # the attention's output has heads and their width as input
+    split = _first_output_axis(path, leaf)
     return contrib.MuonDimensionNumbers(tuple(range(1, split)), tuple(range(split, leaf.ndim)))
+
+
+def _first_output_axis(path: Any, leaf: Any) -> int:
+    return leaf.ndim - 1 if path[-1].key == "out" else 2  # the attention's output reads heads and their width
 
 
 def _as_large_as_adam(updates: Any, _: Any) -> Any:
     """Scales orthogonal updates to the root mean square of AdamW's, so that both take one learning rate and decay."""
 
     def scaled(path: Any, update: jax.Array) -> jax.Array:
-        axes = _matrix_axes(path, update)
-        sides = [math.prod(update.shape[axis] for axis in side) for side in axes]
-        return update * _ADAM_RMS * math.sqrt(max(sides))
+        split = _first_output_axis(path, update)
+        longer = max(math.prod(update.shape[1:split]), math.prod(update.shape[split:]))
+        return update * _ADAM_RMS * math.sqrt(longer)
 
     return jax.tree_util.tree_map_with_path(scaled, updates)
 
