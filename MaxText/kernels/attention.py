@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention_blocked import attention_blocked
 from MaxText.kernels.attention_reference import attention_reference
-from MaxText.kernels.splash import attention_splash
 
 IMPLEMENTATIONS = ("dot_product", "blocked", "splash")
 SPLASH_BLOCK = 512
@@ -39,6 +38,8 @@ def attention(
         return attention_reference(query, key, value, segment_ids)
     if name == "blocked":
         return attention_blocked(query, key, value, segment_ids)
+    from MaxText.kernels.splash import attention_splash  # here, because importing Pallas takes a quarter of a second
+
     return attention_splash(
         query,
         key,
