@@ -101,10 +101,14 @@ make_venv() {
       die "no Python 3.11, 3.12 or 3.13 found (python3: $(python3 -V 2>&1 | head -n 1)); install one or use --python PATH"
     version=$(supported_version "$python")
     [[ -n $version ]] || die "--python $python is not Python 3.11, 3.12 or 3.13 but: $("$python" -V 2>&1 | head -n 1)"
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-      die "$python has no venv module; on Debian and Ubuntu: sudo apt-get install python$version-venv"
     say ".venv: making it with Python $version"
-    "$python" -m venv --clear .venv || die "could not make .venv with $python"
+    if "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+      "$python" -m venv --clear .venv || die "could not make .venv with $python"
+    else   # as on Colab and on a bare Debian or Ubuntu
+      "$python" -m venv --clear --without-pip .venv 2>/dev/null &&
+        "$python" -m pip --quiet --python .venv/bin/python install pip ||
+        die "$python has no venv module; on Debian and Ubuntu: sudo apt-get install python$version-venv"
+    fi
   fi
   .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null ||
     die ".venv has no pip; remove it and run this again"

@@ -83,12 +83,17 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # "bfloat16" and jnp.bfloat16 are the same setting
+        known = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float32")}
+        name = getattr(self.dtype, "__name__", str(self.dtype))  # "bfloat16" and jnp.bfloat16 are the same setting
+        require(name in known, f"dtype={self.dtype!r}: it must be one of {', '.join(known)}")
+        object.__setattr__(self, "dtype", known[name])
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), 1 if field.type is int and field.name != "seed" else 0
             if field.type in (int, float):
                 valid = isinstance(value, (int, field.type)) and value >= least
                 require(valid, f"{field.name}={value!r}: it must be a number, {field.type.__name__}, at least {least}")
+        fits = self.warmup_steps < self.total_steps
+        require(fits, f"warmup_steps={self.warmup_steps}: it must be less than total_steps={self.total_steps}")
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim}: it must be even, because RoPE rotates pairs")
         require(self.dropout == 0, f"dropout={self.dropout}: this model has none; leave it at 0.0")
 
@@ -100,7 +105,8 @@ HUB_SECONDS = 5  # the Hugging Face hub is asked once and has this long to answe
 LOCAL_BYTES = 20_000_000  # without the hub: this much of the machine's own Python source
 CHECKPOINT_DIR = "checkpoint_10m"
 
-tokenizer: Any = None  # set by validate_pipeline() and train(), for generate() in a notebook
+# Set by validate_pipeline() and train(), for generate() in a notebook; running this cell again keeps it.
+tokenizer: Any = globals().get("tokenizer")
 
 # ============ MODEL COMPONENTS ============
 # Shapes: x is [batch, seq, hidden_dim]; with heads [batch, seq, heads, head_dim].
@@ -273,14 +279,20 @@ def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainSta
 
 def save_checkpoint(state: TrainState, tokenizer: Any, directory: str = CHECKPOINT_DIR) -> None:
     """Writes state, config and tokenizer, for load_checkpoint. Only a whole checkpoint replaces the one before."""
-    partial = pathlib.Path(f"{directory}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = pathlib.Path(directory).absolute()
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    ours = not folder.exists() or (folder / "state.msgpack").is_file()
+    require(ours, f"{folder} is there and is no checkpoint; give a directory of its own, such as {folder / 'model'}")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     tokenizer.save_pretrained(partial / "tokenizer")
     config = dataclasses.asdict(state.config) | {"dtype": state.config.dtype.name}
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     (partial / "state.msgpack").write_bytes(serialization.to_bytes(jax.device_get(state)))
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_checkpoint(directory: str = CHECKPOINT_DIR) -> tuple[TrainState, Any]:
@@ -406,12 +418,15 @@ def load_data(config: Config, tokenizer: Any) -> Iterator[dict[str, jax.Array]]:
     """
     batch_size, width = config.batch_size_per_device * jax.device_count(), config.max_seq_len + 1
     rows = itertools.chain.from_iterable(itertools.repeat(find_rows()))
-    texts = (row["content"] for row in rows if is_usable(row["content"]))
+    limit = 16 * width  # characters: of a longer file the rest is not tokenized, which halves the work
+    texts = (row["content"][:limit] for row in rows if is_usable(row["content"]))
     options = {"truncation": True, "max_length": width, "add_special_tokens": False}
     while True:
         # Split special tokens: a file in which "<|endoftext|>" is written does not end there.
-        encoded = tokenizer(list(itertools.islice(texts, batch_size)), split_special_tokens=True, **options)
-        documents = [[*ids, tokenizer.eos_token_id][:width] for ids in encoded["input_ids"]]
+        chosen = list(itertools.islice(texts, batch_size))
+        encoded = tokenizer(chosen, split_special_tokens=True, **options)["input_ids"]
+        ends = [[] if len(text) == limit else [tokenizer.eos_token_id] for text in chosen]
+        documents = [[*ids, *end][:width] for ids, end in zip(encoded, ends, strict=True)]
         tokens = np.full((batch_size, width), tokenizer.pad_token_id, np.int32)
         for row, ids in zip(tokens, documents, strict=True):
             row[: len(ids)] = ids
@@ -437,6 +452,7 @@ def generate(
 ) -> str:
     """The prompt and its continuation, up to EOS or max_tokens. The model sees the last max_seq_len tokens."""
     require(temperature >= 0, f"temperature={temperature}: it must be 0 (the most likely token) or more")
+    require(tokenizer is not None, "there is no tokenizer yet; validate_pipeline() or load_checkpoint() gives one")
     config = state.config
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     start = len(ids)
@@ -451,7 +467,7 @@ def generate(
         if token == tokenizer.eos_token_id:
             break
         ids.append(token)
-    return prompt + tokenizer.decode(ids[start:])
+    return prompt + tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
 
 
 # ============ VALIDATION ============
@@ -485,13 +501,17 @@ def validate_pipeline(config: Config = CONFIG) -> None:
         RuntimeError: a check failed; what failed, the cause and the cure are printed.
     """
     global tokenizer
+    upgrade = 'pip install -U "jax[tpu]" flax optax, then restart the session: until then the old one stays loaded.'
+    with check("JAX is too old", upgrade):
+        require(jax.__version_info__ >= (0, 7, 2), f"JAX {jax.__version__} is older than 0.7.2")
     restart = (
-        "choose a TPU as the accelerator and restart the session. Only one process can use a TPU, so stop others. "
-        "After pip has upgraded JAX, restart too: until then the old one stays loaded."
+        "choose a TPU as the accelerator and restart the session; on Kaggle, stop the session and start another. "
+        "Only one process can use a TPU, so stop others."
     )
     with check("Devices are not available", restart):
-        require(jax.__version_info__ >= (0, 7, 2), f"JAX {jax.__version__} is older than 0.7.2")
         print_device_info()
+        on_kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ and jax.default_backend() == "tpu"
+        require(not on_kaggle or jax.device_count() == 8, f"Kaggle gave {jax.device_count()} of the 8 TPU cores")
         if jax.default_backend() == "tpu":
             print("✓ TPU available")
         else:
@@ -501,8 +521,9 @@ def validate_pipeline(config: Config = CONFIG) -> None:
     offline = "set HF_HUB_OFFLINE=1 before the first cell to use the files of this machine"
     with check("Tokenizer does not work", f"{access}; or pip install -U transformers; or {offline}."):
         tokenizer = load_tokenizer(config.vocab_size)
-        text = "def add(a, b):\n    return a + b\n"
-        back = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = "def add(a, b):\n    return [a , b]\n"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         require(back == text, f"{text!r} came back as {back!r}")
         print("✓ Tokenizer works")
 
@@ -559,12 +580,18 @@ def train(config: Config = CONFIG, num_steps: int = 5000, log_every: int = 100) 
     print(f"Model parameters: {total:,}\n  {embedding:,} in the tied embedding, {others}")
     batches = load_data(config, tokenizer)
     started = time.perf_counter()
-    for step in tqdm(range(1, num_steps + 1), desc="Training", unit="step"):
-        state, loss = train_step(state, next(batches))  # returns at once: the device works while the host reads on
-        if step % log_every == 0 or step == num_steps:
-            tqdm.write(f"Step {step}, Loss: {loss:.4f}")
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss}; nothing was saved. Try a lower learning_rate")
+    try:
+        for step in tqdm(range(1, num_steps + 1), desc="Training", unit="step"):
+            state, loss = train_step(state, next(batches))  # returns at once: the device works while the host reads on
+            if step % log_every == 0 or step == num_steps:
+                tqdm.write(f"Step {step}, Loss: {loss:.4f}")
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss}; nothing was saved. Try a lower learning_rate")
+    except (Exception, KeyboardInterrupt) as error:  # a data stream that breaks off, or the notebook's stop button
+        if not state.step.is_deleted() and int(state.step) > 0 and math.isfinite(loss):
+            save_checkpoint(state, tokenizer)
+            print(f"Stopped after step {state.step} ({type(error).__name__}); saved: {CHECKPOINT_DIR}")
+        raise
     seconds = time.perf_counter() - started
     tokens = num_steps * config.batch_size_per_device * jax.device_count() * config.max_seq_len
     print(f"Trained {num_steps:,} steps in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, compilation included")
@@ -589,6 +616,9 @@ def main(arguments: list[str]) -> None:
         except (ValueError, SyntaxError):
             settings[name] = value  # such as dtype=float32
     num_steps, log_every = settings.pop("num_steps"), settings.pop("log_every")
+    for name, value in {"num_steps": num_steps, "log_every": log_every}.items():
+        if not isinstance(value, int) or value < 1:
+            sys.exit(f"{name}={value}: it must be a whole number above 0")
     config = Config(**settings)
     validate_pipeline(config)
     state = train(config, num_steps, log_every)

@@ -38,7 +38,8 @@ state = train(config, num_steps=1000 if on_tpu else 200)
 print(generate(state, tokenizer, "def fibonacci(n):"))
 
 # %% [markdown]
-# The checkpoint of the end can be loaded again, in this session or another, and generates the same text.
+# The checkpoint of the end can be loaded again and generates the same text. It lies in the folder `checkpoint_10m`,
+# which on Colab and Kaggle is gone with the session: download it, or copy it to where files are kept.
 
 # %%
 loaded_state, loaded_tokenizer = load_checkpoint()

@@ -67,7 +67,8 @@ if root is None:
     root = pathlib.Path("pythonlm").resolve()
 python = root / ".venv/bin/python"
 if not python.exists():
-    subprocess.run(["bash", "setup.sh"], cwd=root, check=True)
+    device = ["--device", "tpu"] if ON_COLAB or ON_KAGGLE else []
+    subprocess.run(["bash", "setup.sh", *device], cwd=root, check=True)
 print("ready")
 
 # %% [markdown]
@@ -118,6 +119,7 @@ def train(hours):
         except KeyboardInterrupt:
             process.send_signal(signal.SIGTERM)
             print(process.stdout.read(), end="")
+            raise  # so that "run all" does not go on to resume
         finally:
             stop.cancel()
             kill.cancel()

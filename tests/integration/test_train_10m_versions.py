@@ -17,7 +17,12 @@ from tests.train_10m_setup import NO_HUB, TINY_ARGUMENTS
 PACKAGES = {"oldest": ["jax==0.7.2", "flax==0.11.0"], "newest": ["jax", "flax"]}
 OTHERS = ["optax", "transformers", "datasets", "tqdm"]
 
-TRAIN = "import sys, train_10m; train_10m.LOCAL_BYTES //= 10; train_10m.main(sys.argv[1:])"
+TRAIN = """
+import sys, train_10m
+train_10m.LOCAL_BYTES //= 10
+train_10m.main(sys.argv[1:])
+print("Loaded:", train_10m.generate(*train_10m.load_checkpoint(), "def hello():").splitlines()[0])
+"""
 
 # The real library streams a file as it would a data set of the hub, from its beginning again when it ends.
 STREAM = """
@@ -82,5 +87,6 @@ def test_the_script_works(python, tmp_path, user_environment, program):
         return
     assert done.stdout.count("✓") == 7
     assert "Step 20, Loss: " in done.stdout
-    assert "Generated: def hello():" in done.stdout
+    generated = next(line for line in done.stdout.splitlines() if line.startswith("Generated: "))
+    assert done.stdout.splitlines()[-1] == generated.replace("Generated: ", "Loaded: ")
     print(done.stdout.splitlines()[0], "works")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from MaxText import job, loss, models, pyconfig, sharding, train_step
+from MaxText.layers import dropout
 from tests import support
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -52,11 +53,14 @@ def test_heads_split_over_tensor(attention):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_gradients_are_the_same(mesh, accumulation):
-    """Every leaf of the first gradient, not only its norm."""
+@pytest.mark.parametrize(
+    "keys", [{}, {"mtp_num_layers": 2, "dropout_rate": 0.2, "logits_via_embedding": False}], ids=["plain", "mtp"]
+)
+def test_gradients_are_the_same(mesh, accumulation, keys):
+    """Every leaf of the first gradient, not only its norm; with multi-token prediction and dropout as well."""
 
     def gradients(mesh, accumulation):
-        config = config_of(gradient_accumulation_steps=accumulation)
+        config = config_of(gradient_accumulation_steps=accumulation, **keys)
         model = models.abstract(config)
         batch = support.packed_batch(config, rows=32, seed=0)
         sums_of = functools.partial(loss.training_sums, config, model, mtp_weight=0.3, head_dtype="float32")
@@ -64,7 +68,13 @@ def test_gradients_are_the_same(mesh, accumulation):
         with jax.set_mesh(support.mesh_of(*mesh)):
             params = models.initial_params(config, jax.random.key(0))
             placed = jax.device_put(batch, sharding.batch_sharding(support.mesh_of(*mesh)))
-            accumulate = jax.jit(lambda p, b: train_step.accumulate(gradient, p, b, accumulation))
+
+            @jax.jit
+            def accumulate(params, batch):
+                if config.dropout_rate:
+                    batch = {**batch, "dropout_keys": dropout.row_keys(0, jax.numpy.array(7), 32)}
+                return train_step.accumulate(gradient, params, batch, accumulation)
+
             total, sums = accumulate(params, placed)
         return jax.tree.map(lambda g: np.asarray(g) / float(sums["total_weights"]), total)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import itertools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +194,37 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(state, tokenizer, mon
     assert (train_10m_setup.checkpoint() / "state.msgpack").read_bytes() == saved
     train_10m.save_checkpoint(other, tokenizer)
     assert train_10m.load_checkpoint()[0].config == other.config
+
+
+@pytest.mark.parametrize("name", ["checkpoint/", "./checkpoint", "checkpoint"])
+def test_a_checkpoint_replaces_the_one_before_however_it_is_written(state, tokenizer, name):
+    for seed in (0, 5):
+        train_10m.save_checkpoint(state.replace(config=dataclasses.replace(TINY, seed=seed)), tokenizer, name)
+    assert train_10m.load_checkpoint(name)[0].config.seed == 5
+    assert [path.name for path in pathlib.Path().iterdir() if path.name.startswith("checkpoint")] == ["checkpoint"]
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(state, tokenizer, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("years")
+    with pytest.raises(ValueError, match=r"is no checkpoint; give a directory of its own, such as .*thesis/model"):
+        train_10m.save_checkpoint(state, tokenizer, str(tmp_path / "thesis"))
+    assert (tmp_path / "thesis/chapter.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("error", [ConnectionError("the stream broke off"), KeyboardInterrupt()], ids=["error", "stop"])
+def test_what_stops_the_training_does_not_lose_it(monkeypatch, capsys, error):
+    batches = train_10m.load_data
+
+    def breaks_off(config, tokenizer):
+        yield from itertools.islice(batches(config, tokenizer), 3)
+        raise error
+
+    monkeypatch.setattr(train_10m, "load_data", breaks_off)
+    with pytest.raises(type(error)):
+        train_10m.train(TINY, num_steps=9, log_every=1)
+    assert f"Stopped after step 3 ({type(error).__name__}); saved: " in capsys.readouterr().out
+    assert int(train_10m.load_checkpoint()[0].step) == 3
 
 
 def test_generation_compiles_once(state, tokenizer):

@@ -98,4 +98,17 @@ def test_an_old_jax_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(jax, "__version_info__", (0, 6, 2))
     with pytest.raises(RuntimeError):
         train_10m.validate_pipeline(TINY)
-    assert "is older than 0.7.2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "is older than 0.7.2" in out
+    assert 'pip install -U "jax[tpu]"' in out
+
+
+def test_a_kaggle_session_with_one_of_eight_cores_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError):
+        train_10m.validate_pipeline(TINY)
+    out = capsys.readouterr().out
+    assert "Kaggle gave 1 of the 8 TPU cores" in out
+    assert "start another" in out
