@@ -17,6 +17,7 @@ Values = Mapping[str, Any]
 
 AUTO = "auto"  # the value of a numeric key that is left to arithmetic; see schedule_plan.py
 MESH_KEYS = ("ici_data_parallelism", "ici_fsdp_parallelism", "ici_tensor_parallelism")
+SLICE_KEYS = ("dcn_data_parallelism", "dcn_fsdp_parallelism")
 REMAT_KEYS = (
     "decoder_layer_input",
     "query_proj",
@@ -35,23 +36,26 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 1",
         lambda value: value >= 1,
         """steps log_period checkpoint_period max_num_checkpoints_to_keep base_emb_dim base_num_decoder_layers
+        dcn_data_parallelism dcn_fsdp_parallelism
         base_num_query_heads base_num_kv_heads head_dim base_mlp_dim vocab_size rope_max_timescale num_vocab_tiling
         rope_factor original_max_position_embeddings beta_fast
         embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
-        grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps""",
+        grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row""",
     ),
     (
         "at least 0",
         lambda value: value >= 0,
         """z_loss_multiplier vocab_padding final_logits_soft_cap mtp_num_layers mtp_loss_scaling_factor
         mtp_loss_scaling_factor_final grain_worker_count adam_weight_decay gradient_clipping_threshold
-        skip_first_n_steps_for_profiler peak_tflops_per_device""",
+        skip_first_n_steps_for_profiler peak_tflops_per_device max_run_hours
+        hang_timeout_minutes sdc_check_interval""",
     ),
     ("from 0 to 2147483647", lambda value: 0 <= value < 2**31, "init_weights_seed data_shuffle_seed"),
+    ("at least 2", lambda value: value >= 2, "skip_step_interval"),
     (
         "greater than 0",
         lambda value: value > 0,
-        "learning_rate adam_eps normalization_layer_epsilon initializer_range beta_slow",
+        "learning_rate adam_eps normalization_layer_epsilon initializer_range beta_slow skip_step_scaling_factor",
     ),
     (
         "-1 or at least 1",
@@ -86,8 +90,25 @@ def contradictions(values: Values, defaults: Values, ignore: Collection[str]) ->
     return [problem for keys, rule in _RULES if not set(keys) & set(ignore) for problem in rule(values, defaults)]
 
 
+def slices(config: ml_collections.ConfigDict) -> tuple[int, int, int]:
+    """Slices along data, fsdp and tensor; tensor parallelism never leaves a slice."""
+    return (*(config[key] for key in SLICE_KEYS), 1)
+
+
 def mesh_problems(config: ml_collections.ConfigDict, num_devices: int) -> list[str]:
     """Why the mesh of a valid config does not fit num_devices devices, in words; empty when it does."""
+    num_slices = math.prod(slices(config))
+    if num_slices > 1:
+        given = " x ".join(f"{key}={config[key]}" for key in SLICE_KEYS)
+        if num_devices % num_slices:
+            return [f"{given} slices do not divide the {num_devices} devices; use as many as there are slices"]
+        whole_fsdp = config.dcn_fsdp_parallelism * max(config.ici_fsdp_parallelism, 1)
+        if config.base_emb_dim % whole_fsdp:
+            return [
+                f"fsdp is {whole_fsdp} over all slices, which does not divide base_emb_dim={config.base_emb_dim}; "
+                "use dcn_fsdp_parallelism=1"
+            ]
+        num_devices //= num_slices
     dims = {key: config[key] for key in (*_FSDP_KEYS, *_TENSOR_KEYS)}
     sizes = {key: config[key] for key in MESH_KEYS}
     given = math.prod(size for size in sizes.values() if size != -1)

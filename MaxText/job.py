@@ -64,7 +64,7 @@ def make_job(config: FrozenConfigDict, devices: Sequence[jax.Device]) -> Job:
     precision = None if config.matmul_precision == "default" else config.matmul_precision
     jax.config.update("jax_default_matmul_precision", precision)
     sizes = [config[f"ici_{axis}_parallelism"] for axis in sharding.MESH_AXES]
-    mesh = sharding.make_mesh(sizes, devices)
+    mesh = sharding.make_mesh(sizes, devices, config_rules.slices(config))
     model = models.abstract(config)
     abstract = train_state.abstract_train_state(config, model, mesh)
     rows = config.per_device_batch_size * mesh.size * config.gradient_accumulation_steps

@@ -5,6 +5,7 @@ killed run leaves whole lines; a resumed run appends, and a reader takes the las
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,13 +19,17 @@ class MetricLogger:
     Args:
         directory: the run directory.
         emit: prints one line.
+        records: False writes no files, as on all processes but the first.
     """
 
-    def __init__(self, directory: Path, *, enable_tensorboard: bool, emit: Callable[[str], None]):
+    def __init__(self, directory: Path, *, enable_tensorboard: bool, emit: Callable[[str], None], records: bool = True):
         self.jsonl = directory / "metrics" / "metrics.jsonl"
         self.tensorboard = directory / "tensorboard" if enable_tensorboard else None
         self._emit = emit
         self._writer: Any = None
+        self._file: Any = None
+        if not records:
+            return
         self.jsonl.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.jsonl.open("a", encoding="utf-8")
         if _ends_in_half_a_line(self.jsonl):
@@ -40,14 +45,24 @@ class MetricLogger:
         self._emit(eval_line(step, metrics))
         self._write(step, metrics)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the step's evaluation is in the file already."""
+        with self.jsonl.open(encoding="utf-8") as file:
+            return any('"eval/avg_loss"' in line and json.loads(line)["step"] == step for line in file)
+
     def close(self) -> None:
         """Flushes everything."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3), **metrics}
+        if self._file is None:
+            return
+        # JSON has no NaN: what is not finite is null.
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3), **values}
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

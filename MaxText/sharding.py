@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -67,14 +68,45 @@ def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
     return filled
 
 
-def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device], slices: Sequence[int] = (1, 1, 1)) -> Mesh:
     """The device mesh data x fsdp x tensor; a size of -1 takes the devices that are left.
 
+    Args:
+        sizes: devices along each axis within a slice; JAX lays them along the slice's own wires.
+        slices: slices along each axis. An axis has the product of both, and only its outer part crosses slices.
+
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or `slices` to that of slices.
     """
-    shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    shape = mesh_shape(sizes, len(devices) // math.prod(slices))
+    if num_slices(devices) == math.prod(slices) == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    return Mesh(hybrid_devices(shape, slices, devices), MESH_AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """TPU slices; where a platform has none, all devices are one."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def hybrid_devices(shape: Sequence[int], slices: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array whose outer parts are slices; where a platform has none, processes.
+
+    Raises:
+        ValueError: there is another number of slices.
+    """
+    from jax.experimental import mesh_utils
+
+    by_process = not hasattr(devices[0], "slice_index")
+    there = len({device.process_index for device in devices}) if by_process else num_slices(devices)
+    if there != math.prod(slices):
+        given = " x ".join(f"dcn_{axis}_parallelism={size}" for axis, size in zip(MESH_AXES, slices, strict=True))
+        raise ValueError(
+            f"{given} is {math.prod(slices)} slices, but there are {there} {'processes' if by_process else 'slices'}; "
+            f"use dcn_data_parallelism={there} dcn_fsdp_parallelism=1"
+        )
+    return mesh_utils.create_hybrid_device_mesh(shape, slices, devices, process_is_granule=by_process)
 
 
 def partition_spec(

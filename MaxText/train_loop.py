@@ -6,13 +6,9 @@ and checked, so no checkpoint can hold a value that is not finite.
 """
 
 import contextlib
-import dataclasses
 import gc
-import json
 import math
-import shutil
-import tempfile
-from collections.abc import Iterator
+import time
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -21,26 +17,28 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxText import (
+    agreement,
+    batch_feed,
+    checkpoint_space,
     checkpointing,
+    corruption,
     goodput,
-    hf_directory,
     metric_logger,
     preemption,
     profiler,
-    pyconfig,
+    resume,
+    run_record,
     schedule_plan,
-    sharding,
     train_report,
-    train_state,
+    watchdog,
 )
 from MaxText.evaluation import held_out
-from MaxText.input_pipeline import device, loader
+from MaxText.input_pipeline import loader
 from MaxText.job import Job, lower, make_job
 from MaxText.train_report import Console
 from MaxText.train_state import TrainState
 
 EXIT_COMPLETE = 0
-EXIT_RESUME = 75  # stopped by a signal after saving; the same command continues
 
 
 def open_job(config: FrozenConfigDict, console: Console) -> Job:
@@ -49,8 +47,6 @@ def open_job(config: FrozenConfigDict, console: Console) -> Job:
     Raises:
         ValueError: the config does not fit the devices.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"there are {jax.process_count()} processes; this version trains on the devices of one")
     job = make_job(config, jax.devices())
     for line in train_report.opening(config, job.mesh, job.abstract_state, job.tokens_per_step):
         console.emit(line)
@@ -71,37 +67,44 @@ def dry_run(config: FrozenConfigDict, console: Console) -> int:
     return EXIT_COMPLETE
 
 
-def train(config: FrozenConfigDict, console: Console, started: float) -> int:
-    """Runs or resumes the training that the config describes; the result is the process's exit code.
+def train(config: FrozenConfigDict, console: Console, stop: preemption.StopSignals, started: float) -> int:
+    """Runs or resumes the training that the config describes, in a run directory that is locked; the exit code.
 
     Args:
         started: the `time.perf_counter()` reading at the process's start.
 
     Raises:
         ValueError, OSError: the config does not fit the devices, the data or the run directory.
-        FloatingPointError: the loss or the gradient is not finite; nothing was saved after that.
+        FloatingPointError: too many updates in a row had to be skipped, or the parameters are not finite.
     """
     ledger = goodput.TimeLedger(started)
+    if config.max_run_hours:
+        stop.stop_after(config.max_run_hours, ledger.wall())
     if config.jax_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.jax_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     job = open_job(config, console)
-    _make_run_directory(job)
     data = loader.open_datasets(config, console.emit)
     console.emit(data.description)
     job, lines = job.settled(data.train.num_windows)
     for line in lines:
         console.emit(line)
     config = job.config
+    position = resume.data_position(job, data.train)
+    agreement.check_same({"the config": config.to_dict(), "the data": position})
+    if config.enable_checkpointing:
+        keep = config.max_num_checkpoints_to_keep + len(_epoch_ends(job, data))
+        console.emit(checkpoint_space.check(job.directory, _staging(config), job.abstract_state, keep))
     loader.check_epochs(config.steps, job.global_batch_size, data.train.num_windows, config.num_epoch)
     with ledger.charge("compile"):
         lowered = lower(job)
     with futures.ThreadPoolExecutor(1) as background, jax.set_mesh(job.mesh):
         compiling = background.submit(lowered.compile)
-        run = Run(job, data, console, ledger)
+        run = Run(job, data, position, console, ledger, stop)
         with ledger.charge("restore"):
-            state = run.restore_or_initialize()
-        _write_run_record(job, run.info)
+            state = resume.restore_or_initialize(job, run.checkpointer, position, console.emit)
+        if run.is_first_process:
+            run_record.write(job, run.info)
         with ledger.charge("compile"):
             compiled = compiling.result()
         console.emit(train_report.compiled_memory(compiled))
@@ -113,86 +116,74 @@ def train(config: FrozenConfigDict, console: Console, started: float) -> int:
 class Run:
     """One launch: the loop and what it reports, evaluates and saves."""
 
-    def __init__(self, job: Job, data: loader.Datasets, console: Console, ledger: goodput.TimeLedger):
+    def __init__(
+        self,
+        job: Job,
+        data: loader.Datasets,
+        position: dict[str, Any],
+        console: Console,
+        ledger: goodput.TimeLedger,
+        stop: preemption.StopSignals,
+    ):
         config = job.config
-        self.job, self.data, self.console, self.ledger = job, data, console, ledger
+        self.job, self.data, self.console, self.ledger, self.stop = job, data, console, ledger, stop
+        self.is_first_process = jax.process_index() == 0
         self.metrics = metric_logger.MetricLogger(
-            job.directory, enable_tensorboard=config.enable_tensorboard, emit=console.emit
+            job.directory,
+            enable_tensorboard=config.enable_tensorboard,
+            emit=console.emit,
+            records=self.is_first_process,
         )
         self.info = train_report.run_info(config, data, job.tokens_per_step, str(Path(__file__).parent))
-        self.epoch_ends = (
-            schedule_plan.epoch_ends(config.steps, job.global_batch_size, data.train.num_windows)
-            if config.checkpoint_every_epoch
-            else []
-        )
+        self.epoch_ends = _epoch_ends(job, data)
+        self.position = position
         self.checkpointer = checkpointing.Checkpointer(
             job.directory / "checkpoints",
             self.info,
             keep=config.max_num_checkpoints_to_keep,
             keep_always=self.epoch_ends,
             asynchronous=config.async_checkpointing,
+            staging=_staging(config),
         )
         self.timer = goodput.StepTimer()
+        self.goodput = goodput.RunRecord(job.directory / "goodput" if self.is_first_process else None, ledger)
+        self.watchdog = watchdog.Watchdog(job.directory, 60 * config.hang_timeout_minutes, self._described)
+        self.stop_together = agreement.StopTogether(job.mesh)
+        self.checker = corruption.Checker(job.mesh, job.abstract_state) if config.sdc_check_interval else None
+        self.step = self.saved = 0  # the newest step dispatched, and the newest saved or being saved
+        self.feed: batch_feed.BatchFeed | None = None
         self.last: dict[str, float] = {}  # the newest value of every metric
+        self.skipped = self.skipped_in_a_row = 0
+        self.hopeless = ""  # why to stop after so many skipped updates
         self.peak_flops: float | None = None  # of a device; found after the first step
         self.held_out: held_out.HeldOut | None = None
         if data.evaluation is not None and config.eval_interval > 0:
             self.held_out = held_out.HeldOut(config, job.mesh, job.model, job.abstract_state, data)
 
-    def restore_or_initialize(self) -> TrainState:
-        """The state to go on from: this run's newest checkpoint, else the one the config names, else a fresh one."""
-        job, config, resolved = self.job, self.job.config, self.info["config"]
-        if config.enable_checkpointing:
-            state = self.checkpointer.restore_newest(job.abstract_state, self.data_position())
-            if state is not None:
-                self.console.emit(f"Resuming after step {int(state.step):,} from {self.checkpointer.directory}")
-                return state
-        start = config.load_full_state_path
-        if config.branch_decay_from != -1:
-            start = schedule_plan.branch_start(config)
-        if start:
-            path = Path(start).expanduser()
-            self.console.emit(f"Starting from the full state in {path}")
-            return checkpointing.restore_step(path, job.abstract_state, resolved, self.data_position())
-        state = train_state.initial_train_state(config, job.abstract_state)
-        if config.load_parameters_path:
-            path = Path(config.load_parameters_path).expanduser()
-            self.console.emit(f"Starting from the weights in {path}")
-            if hf_directory.is_one(path):
-                params = hf_directory.read(path, config, job.abstract_state.params)
-                params = jax.device_put(params, train_state.shardings(job.abstract_state).params)
-            else:
-                params = checkpointing.restore_params(path, job.abstract_state, resolved)
-            state = dataclasses.replace(state, params=params)
-        return state
-
-    def data_position(self) -> dict[str, Any]:
-        """What, with the step, determines every batch to come; a resumed run must have the same."""
-        config, manifest = self.job.config, self.data.train.manifest
-        return {
-            "dataset": "synthetic" if manifest is None else manifest.sha256,
-            "data_shuffle_seed": config.data_shuffle_seed if config.enable_data_shuffling else -1,
-            "max_target_length": config.max_target_length,
-            "global_batch_size": self.job.global_batch_size,
-        }
-
     def loop(self, compiled: jax.stages.Compiled, state: TrainState) -> int:
-        """Trains to the last step, or until a signal; saves at the end."""
+        """Trains to the last step, or until it is asked to stop; saves at the end."""
         config = self.job.config
         first = int(state.step)
-        if first >= config.steps:
-            self.console.emit(f"The run is complete: {first:,} steps are done; raise steps={config.steps} to train on")
-            return EXIT_COMPLETE
-        with preemption.StopSignals() as stop:
+        with self.stop.saving(), self.watchdog:
             try:
-                step = self._steps(compiled, state, first, stop)
+                if self._evaluation_is_missing(first) and not self._evaluate(first, state.params):
+                    self._abandon()
+                    return preemption.EXIT_RESUME
+                if first >= config.steps:
+                    done = f"The run is complete: {first:,} steps are done"
+                    self.console.emit(f"{done}; raise steps={config.steps} to train on")
+                    self._abandon()
+                    return EXIT_COMPLETE
+                step = self._steps(compiled, state, first)
                 self._close(step, step - first)
+                if self.hopeless:
+                    raise FloatingPointError(self.hopeless)
             except BaseException:
                 self._abandon()
                 raise
-        return EXIT_COMPLETE if step == config.steps else EXIT_RESUME
+        return EXIT_COMPLETE if step == config.steps else preemption.EXIT_RESUME
 
-    def _steps(self, compiled: jax.stages.Compiled, state: TrainState, first: int, stop: preemption.StopSignals) -> int:
+    def _steps(self, compiled: jax.stages.Compiled, state: TrainState, first: int) -> int:
         """Takes the steps after `first`, with what is due between them; the last step taken."""
         config, ledger = self.job.config, self.ledger
         profile = profiler.Profiler(
@@ -201,78 +192,104 @@ class Run:
             first=config.skip_first_n_steps_for_profiler,
             steps=config.profiler_steps,
         )
-        batches = self._batches(first)
+        feed = self.feed = batch_feed.BatchFeed(self.job, self.data.train, first)
         in_flight: tuple[int, dict[str, jax.Array]] | None = None
+        step = self.step = self.saved = first
+        last = False
         with contextlib.closing(profile):
-            for step in range(first + 1, config.steps + 1):
-                with ledger.charge("data wait"):
-                    batch = next(batches)
-                profile.before_step(step - first - 1)
-                with ledger.charge("step"):
-                    if in_flight is None:
-                        self.timer.resume()
-                    state, metrics = compiled(state, batch)
-                    if in_flight is not None:
-                        self._fetch(*in_flight)
-                    in_flight = (step, metrics)
-                signal_name = stop.requested  # read once: it may come at any time
-                last = step == config.steps or bool(signal_name)
-                evaluate = self.held_out is not None and (step == config.steps or step % config.eval_interval == 0)
-                due = last or step % config.checkpoint_period == 0 or step in self.epoch_ends
-                save = config.enable_checkpointing and due
-                if step == first + 1 or last or evaluate or save:
+            while not last:
+                batch = self._next_batch(feed)
+                if batch is not None:
+                    profile.before_step(step - first)
+                    with ledger.charge("step"):
+                        if in_flight is None:
+                            self.timer.resume()
+                        if self.checker is not None and (step + 1) % config.sdc_check_interval == 0:
+                            state, metrics = self._checked_step(self.checker, compiled, state, batch, step + 1)
+                        else:
+                            state, metrics = compiled(state, batch)
+                        if in_flight is not None:
+                            self._fetch(*in_flight)
+                        step = self.step = step + 1
+                        in_flight = (step, metrics)
+                request = self.stop.requested  # read once: it may come at any time
+                if self.stop_together(bool(request)):
+                    stopping = request = request or "another process was asked to stop"
+                else:
+                    stopping, request = self.hopeless, ""
+                self.checkpointer.check()
+                self.goodput.update(first, step)
+                last = bool(stopping) or step == config.steps
+                evaluate = self._evaluation_is_due(step) and not stopping
+                save = last or step % config.checkpoint_period == 0 or step in self.epoch_ends
+                if in_flight is not None and (step == first + 1 or last or evaluate or save):
                     with ledger.charge("step"):
                         self._fetch(*in_flight)
                     in_flight = None
                 if step == first + 1:
                     self.console.start_bar(step, config.steps)
-                if signal_name:
-                    self.console.emit(f"{signal_name}: stopping after step {step:,}; once more to stop at once")
-                if evaluate:
-                    self._evaluate(step, state.params)
+                if request:
+                    self.console.emit(f"{request}: stopping after step {step:,}; once more to stop at once")
                 if save:
-                    with ledger.charge("save"):
-                        self.checkpointer.save(state, step, self.data_position())
-                if last:
-                    return step
-        raise AssertionError("unreachable: the last step returns")
+                    self._save(state, step)
+                if evaluate and not self._evaluate(step, state.params):
+                    self._save(state, step)
+                    last = True
+        return step
 
-    def _batches(self, first: int) -> Iterator[dict[str, jax.Array]]:
-        """The batches of all steps to come; the first is made at once and used while reading ahead starts."""
-        config = self.job.config
-        where = sharding.batch_sharding(self.job.mesh)
-
-        def make(step: int) -> dict[str, jax.Array]:
-            return device.global_batch(self.data.train, step, self.job.global_batch_size, where)
-
-        yield make(first)
-        yield from loader.read_ahead(
-            make,
-            first + 1,
-            config.steps - first - 1,
-            num_threads=config.grain_worker_count,
-            buffer_size=config.grain_prefetch_buffer_size,
-        )
+    def _next_batch(self, feed: batch_feed.BatchFeed) -> dict[str, jax.Array] | None:
+        """The next batch; None where a request to stop came first."""
+        try:
+            with self.ledger.charge("data wait"), self.stop.may_give_up():
+                return next(feed)
+        except preemption.Stopped:
+            return None
 
     def _fetch(self, step: int, arrays: dict[str, jax.Array]) -> None:
         """Waits for a step's metrics, checks them, and reports them where that is due."""
         metrics = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        self.timer.completed()
-        checked = {name: metrics[f"learning/{name}"] for name in ("loss", "raw_grad_norm", "param_norm")}
-        if not all(map(math.isfinite, checked.values())):
+        self.watchdog.alive(self.timer.completed())
+        if not math.isfinite(metrics["learning/param_norm"]):
             raise FloatingPointError(
-                f"step {step}: {', '.join(f'{name}={value}' for name, value in checked.items())}. "
+                f"step {step}: param_norm={metrics['learning/param_norm']}, the parameters are not finite any more. "
                 "Nothing was saved after it; the same command resumes from the last checkpoint in "
                 f"{self.checkpointer.directory}. A lower learning_rate or gradient_clipping_threshold may help"
             )
         self.last |= metrics
+        skipped = bool(metrics["optim/step_skipped"])
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == self.job.config.max_skipped_steps_in_a_row:
+            self.hopeless = (
+                f"step {step}: {self.skipped_in_a_row} updates in a row were skipped, as many as "
+                "max_skipped_steps_in_a_row; the parameters are those before the first of them. To go on from an older "
+                "checkpoint move the newer ones away; a lower learning_rate or gradient_clipping_threshold may help"
+            )
         first = self.peak_flops is None
-        if step % self.job.config.log_period == 0 or first or step == self.job.config.steps:
+        if step % self.job.config.log_period == 0 or first or skipped or step == self.job.config.steps:
             self._report(step, metrics)
+        if skipped:
+            measured = f"loss={metrics['learning/loss']:.4g}, raw_grad_norm={metrics['learning/raw_grad_norm']:.4g}"
+            self.console.emit(f"step {step}: update skipped, {self.skipped} in this launch: {measured}")
         if first:  # after its line, as it may have to be measured
             self.peak_flops, source = train_report.peak_flops(self.job.config, self.job.mesh.local_devices)
             self.console.emit(f"MFU is measured against {self.peak_flops / 1e12:.3f} TFLOP/s per device: {source}")
         self.console.step(metrics["learning/loss"])
+
+    def _checked_step(
+        self, checker: corruption.Checker, compiled: jax.stages.Compiled, state: TrainState, batch: Any, step: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        begin = time.perf_counter()
+        done = checker.step(compiled, state, batch)
+        seconds = time.perf_counter() - begin
+        self.console.emit(f"step {step}: taken twice in {seconds:.3f} s, the same bits on every device")
+        return done
+
+    def _described(self) -> str:
+        """What the run is doing, for whoever finds it hanging."""
+        feed = self.feed
+        batches = f"{feed.made} batches made, {feed.taken} taken" if feed is not None else "no batches yet"
+        return f"step {self.step:,} was the last one begun, now in: {self.ledger.current}; {batches}"
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         config = self.job.config
@@ -290,25 +307,53 @@ class Run:
             | ({} if self.peak_flops is None else {"perf/mfu": flops_per_second / self.peak_flops}),
         )
 
-    def _evaluate(self, step: int, params: Any) -> None:
+    def _evaluation_is_due(self, step: int) -> bool:
+        config = self.job.config
+        return self.held_out is not None and (step == config.steps or step % config.eval_interval == 0)
+
+    def _evaluation_is_missing(self, first: int) -> bool:
+        """Whether the launch before this one saved step `first`, but was stopped in its evaluation."""
+        if first == 0 or not self._evaluation_is_due(first):
+            return False
+        return agreement.from_first_process(lambda: not self.metrics.has_evaluation(first)) == 1
+
+    def _save(self, state: TrainState, step: int) -> None:
+        """Saves the checked state after `step`, once."""
+        if self.job.config.enable_checkpointing and step > self.saved:
+            with self.ledger.charge("save"), self.watchdog.longer():
+                self.checkpointer.save(state, step, self.position)
+            self.saved = step
+
+    def _evaluate(self, step: int, params: Any) -> bool:
+        """Evaluates; False where a request to stop made it give up."""
         assert self.held_out is not None
-        with self.ledger.charge("compile"):
-            self.held_out.compile(params)
-        with self.ledger.charge("eval"):
-            metrics = self.held_out(params)
+        try:
+            with self.ledger.charge("compile"), self.watchdog.longer():
+                self.held_out.compile(params, self.stop.wait_for)
+            with self.ledger.charge("eval"), self.watchdog.longer(), self.stop.may_give_up():
+                metrics = self.held_out(params)
+        except preemption.Stopped:
+            self.console.emit(f"{self.stop.requested}: the evaluation after step {step:,} was given up")
+            return False
         self.last |= metrics
         self.metrics.evaluation(step, metrics)
+        return True
 
     def _close(self, step: int, steps: int) -> None:
         """Waits for the last save, and says what was done and where it is."""
         config, directory = self.job.config, self.job.directory
         if config.enable_checkpointing:
-            with self.ledger.charge("save"):
+            with self.ledger.charge("save"), self.watchdog.longer():
                 self.checkpointer.close()
         self.metrics.close()
         self.console.close()
         for line in train_report.closing(self.ledger.seconds(), steps, steps * self.job.tokens_per_step, self.last):
             self.console.emit(line)
+        self.goodput.update(step - steps, step, now=True)
+        if self.is_first_process:
+            self.console.emit(train_report.goodput_line(self.goodput.total()))
+        if self.skipped:
+            self.console.emit(f"{self.skipped} updates skipped, as their loss or gradient was not finite or a spike")
         if config.enable_checkpointing:
             self.console.emit(f"Checkpoint: {directory / 'checkpoints' / str(step)}")
         self.console.emit(f"Metrics: {self.metrics.jsonl}")
@@ -319,50 +364,19 @@ class Run:
             self.console.emit(f"Stopped after step {step:,} of {config.steps:,}; {then}")
 
     def _abandon(self) -> None:
-        """Lets a save under way finish and flushes what there is, whatever went wrong."""
+        """Lets a save under way finish and flushes what there is, whatever happened."""
         for close in (self.checkpointer.close, self.metrics.close, self.console.close):
             with contextlib.suppress(Exception):
                 close()
 
 
-def _make_run_directory(job: Job) -> None:
-    """Makes the run directory and tries it; changes nothing in one that is there.
-
-    Raises:
-        OSError: it cannot be written, or is too small for a checkpoint.
-    """
-    directory = job.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"cannot write the run directory {directory}: {error}; set base_output_directory to one that can be written"
-        ) from error
-    if job.config.enable_checkpointing:
-        checkpointing.check_free_space(directory, job.abstract_state)
+def _epoch_ends(job: Job, data: loader.Datasets) -> list[int]:
+    """The steps at the end of a pass over the data, if those are to be kept."""
+    config, windows = job.config, data.train.num_windows
+    keeps = config.checkpoint_every_epoch
+    return schedule_plan.epoch_ends(config.steps, job.global_batch_size, windows) if keeps else []
 
 
-def _write_run_record(job: Job, info: dict[str, Any]) -> None:
-    """Writes what the run is, once it is certain that it belongs to this directory."""
-    files = {"config.yml": pyconfig.to_yaml(job.config), "environment.json": json.dumps(info, indent=1) + "\n"}
-    for name, text in files.items():
-        partial = job.directory / f".{name}.partial"
-        partial.write_text(text)
-        partial.replace(job.directory / name)
-    _copy_tokenizer(Path(info["tokenizer"]).expanduser(), job.directory / "tokenizer")
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Keeps the tokenizer with the run, if it is a directory or a file and not the name of one on the hub."""
-    if target.exists() or not source.exists() or source == Path():
-        return
-    partial = target.with_name(".tokenizer.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if source.is_dir():
-        shutil.copytree(source, partial)
-    else:
-        partial.mkdir()
-        shutil.copy(source, partial)
-    partial.rename(target)
+def _staging(config: FrozenConfigDict) -> Path | None:
+    folder = config.checkpoint_staging_directory
+    return Path(folder).expanduser() / config.run_name if folder else None

@@ -19,11 +19,14 @@ from MaxText.train_state import TrainState
 class Console:
     """Prints lines; on a terminal keeps a progress bar with an ETA below them."""
 
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet  # as all processes but the first
         self._bar: Any = None
 
     def emit(self, line: str) -> None:
         """Prints one line, above the bar where there is one."""
+        if self._quiet:
+            return
         if self._bar is None:
             print(line, flush=True)
         else:
@@ -31,7 +34,7 @@ class Console:
 
     def start_bar(self, done: int, total: int) -> None:
         """Shows the bar, if someone is looking."""
-        if sys.stderr.isatty() and sys.stdout.isatty():
+        if not self._quiet and sys.stderr.isatty() and sys.stdout.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
@@ -125,6 +128,13 @@ def closing(seconds: Mapping[str, float], steps: int, tokens: int, last: Mapping
             + ("" if bits is None else f", bits per byte: {bits:.4f}")
         )
     return lines
+
+
+def goodput_line(seconds: Mapping[str, float]) -> str:
+    """The productive share of the time since the run's first launch, and where the rest went."""
+    wall = sum(seconds.values())
+    split = ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items() if name != "step")
+    return f"Goodput: {seconds['step'] / wall:.1%} of the {wall:.1f} s since the first launch were steps; {split}"
 
 
 def git_commit(directory: str) -> str:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from MaxText import models, optimizers, sharding
+from MaxText import models, optimizers, sharding, spikes
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +24,7 @@ class TrainState:
     step: Any  # int32 scalar: optimizer steps taken
     params: Any  # nested dict
     opt_state: Any  # Optax's
+    spikes: Any = None  # a spikes.Window, if the run looks for spikes
 
 
 def abstract_train_state(config: FrozenConfigDict, model: models.AbstractModel, mesh: Mesh) -> TrainState:
@@ -42,10 +43,11 @@ def abstract_train_state(config: FrozenConfigDict, model: models.AbstractModel, 
         optimizer, lambda _, s: s, opt_state, params, transform_non_params=lambda _: everywhere
     )
     step = jax.ShapeDtypeStruct((), jnp.int32)
+    window = jax.eval_shape(lambda: spikes.initial(config))
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        TrainState(step, model.params, opt_state),
-        TrainState(everywhere, params, opt_shardings),
+        TrainState(step, model.params, opt_state, window),
+        TrainState(everywhere, params, opt_shardings, jax.tree.map(lambda _: everywhere, window)),
     )
 
 
@@ -59,7 +61,8 @@ def initial_train_state(config: FrozenConfigDict, abstract: TrainState) -> Train
 
     def make(key: jax.Array) -> TrainState:
         params = models.initial_params(config, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizers.make_optimizer(config).init(params))
+        opt_state = optimizers.make_optimizer(config).init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, spikes.initial(config))
 
     key = jax.random.key(config.init_weights_seed)
     return jax.jit(make, out_shardings=shardings(abstract))(key)

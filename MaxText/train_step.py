@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from MaxText import loss, models, optimizers, sharding, train_state
+from MaxText import loss, models, optimizers, sharding, spikes, train_state
 from MaxText.input_pipeline import packing
 from MaxText.layers import dropout
 from MaxText.loss import Batch
@@ -73,13 +73,19 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = _loss_metrics(sums) | {
+        metrics = _loss_metrics(sums)
+        good, window = spikes.judge(config, state.spikes, metrics["learning/loss"], raw_grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics |= {
             "learning/raw_grad_norm": raw_grad_norm,
             "learning/grad_norm": raw_grad_norm * scale,
             "learning/param_norm": optax.tree.norm(params),
             "learning/current_learning_rate": schedule(state.step),
+            "optim/step_skipped": 1.0 - good.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, window), metrics
 
     places = train_state.shardings(abstract)
     batch_places = dict.fromkeys(packing.KEYS, sharding.batch_sharding(mesh))

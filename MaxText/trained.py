@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import FrozenConfigDict
 
-from MaxText import checkpointing, config_files, config_rules, job, pyconfig
+from MaxText import checkpoint_manifest, checkpointing, config_files, config_rules, job, pyconfig
 from MaxText.models import AbstractModel
 
 # What a run was trained on says nothing of where its weights are read: neither its devices nor its data need be here.
@@ -49,7 +49,7 @@ def step_directories(path: Path) -> list[Path]:
     if (path / "state").is_dir():
         return [path]
     for directory in (path / "checkpoints", path):
-        steps = checkpointing.steps_in(directory)
+        steps = checkpoint_manifest.steps_in(directory)
         if steps:
             return [directory / str(step) for step in steps]
     raise FileNotFoundError(

@@ -6,6 +6,7 @@ different tokenizers can be compared.
 
 import collections
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,10 +41,10 @@ class HeldOut:
         available = self._dataset.num_batches(self._rows)
         self._num_batches = available if config.eval_steps == -1 else min(config.eval_steps, available)
 
-    def compile(self, params: Any) -> None:
-        """Compiles the evaluation step, once."""
+    def compile(self, params: Any, wait_for: Callable[[Callable[[], Any]], Any]) -> None:
+        """Compiles the evaluation step, once; `wait_for` calls what it is given, and may give it up."""
         if not self._is_compiled:
-            self._step = self._step.lower(params, self._batch, self._token_bytes).compile()
+            self._step = wait_for(self._step.lower(params, self._batch, self._token_bytes).compile)
             self._is_compiled = True
 
     def __call__(self, params: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 
+from MaxText import run_lock
 from tests import support
 
 TRAIN = [sys.executable, str(support.ROOT / "MaxText/train.py")]
@@ -196,7 +197,7 @@ def test_starting_from_another_runs_weights_or_whole_state(command, tmp_path):
 def test_not_finite_stops_and_is_never_saved(command, tmp_path):
     done = run(command, steps=40, learning_rate=1e20, warmup_steps_fraction=0.05, checkpoint_period=1)
     assert done.returncode == 1
-    bad = int(re.search(r"error: step (\d+): loss=\S+, raw_grad_norm=", done.stderr)[1])
+    bad = int(re.search(r"error: step (\d+): param_norm=inf", done.stderr)[1])
     assert bad > 1
     assert newest_step(tmp_path / "run") == bad - 1
     assert all(np.isfinite(array).all() for array in arrays(tmp_path / f"run/checkpoints/{bad - 1}").values())
@@ -239,6 +240,13 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(command, tmp_pat
     assert "data_shuffle_seed: 0 there, 5 here" in data.stderr
     assert arrays_digest(tmp_path / "run/checkpoints/2") == before
     assert (tmp_path / "run/config.yml").read_text() == record
+    changed = {"steps": 4, "learning_rate": 0.5, "checkpoint_period": 3}
+    training = run(command, **changed)
+    assert training.returncode == 1
+    assert "learning_rate: 0.001 there, 0.5 here" in training.stderr and "checkpoint_period:" not in training.stderr
+    allowed = run(command, **changed, allow_config_change="learning_rate")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "Changed since it was saved: steps 2 -> 4, checkpoint_period 500 -> 3" in allowed.stdout
 
 
 def test_the_saved_config_can_be_trained_from(command, tmp_path):
@@ -248,6 +256,14 @@ def test_the_saved_config_can_be_trained_from(command, tmp_path):
     done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=300, cwd="/")
     assert done.returncode == 0, done.stderr
     assert "Resuming after step 2" in done.stdout
+
+
+def test_a_second_launch_is_refused_at_once(command, tmp_path):
+    with run_lock.hold(tmp_path / "run"):
+        begin = time.monotonic()
+        done = run(command, steps=2)
+        assert time.monotonic() - begin < 2
+    assert done.returncode == 1 and f"is in use by process {os.getpid()} on " in done.stderr
 
 
 def test_a_profile_is_written_and_a_run_too_short_for_one_is_no_error(command, tmp_path):

@@ -1,11 +1,14 @@
 """Every way a sharding can be wrong is an error that names the array."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from MaxText import sharding
+from MaxText import config_rules, sharding
 from tests import support
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -48,3 +51,32 @@ def test_mesh_sizes():
         sharding.mesh_shape((1, 3, 1), 8)
     with pytest.raises(ValueError, match="there are 8"):
         sharding.mesh_shape((-1, 3, 1), 8)
+
+
+class Chip(types.SimpleNamespace):
+    """A TPU chip as the mesh's arithmetic sees it."""
+
+    platform, device_kind = "cpu", "chip"  # "cpu": without wires between chips
+
+
+def test_only_the_outer_part_of_an_axis_crosses_slices():
+    chips = [Chip(id=index, slice_index=index // 8, process_index=index // 4) for index in range(16)]
+    assert sharding.num_slices(chips) == 2
+
+    def slices_of(shape, slices):
+        return np.vectorize(lambda chip: chip.slice_index)(sharding.hybrid_devices(shape, slices, chips))
+
+    data = slices_of((1, 8, 1), (2, 1, 1))
+    assert data.shape == (2, 8, 1) and (data[0] == data[0, 0]).all() and (data[1] != data[0]).all()
+    fsdp = slices_of((2, 4, 1), (1, 2, 1))
+    assert fsdp.shape == (2, 8, 1) and (fsdp[:, :4] == fsdp[0, 0]).all() and (fsdp[:, 4:] != fsdp[0, 0]).all()
+    with pytest.raises(ValueError, match="is 4 slices, but there are 2 slices; use dcn_data_parallelism=2"):
+        slices_of((1, 4, 1), (4, 1, 1))
+
+
+def test_slices_are_part_of_the_mesh_that_must_fit():
+    config = support.small_config(dcn_data_parallelism=2, ici_data_parallelism=1, ici_fsdp_parallelism=-1)
+    assert config_rules.mesh_problems(config, 16) == []
+    assert "slices do not divide the 15 devices" in config_rules.mesh_problems(config, 15)[0]
+    config = support.small_config(dcn_fsdp_parallelism=3, ici_data_parallelism=-1)
+    assert "does not divide base_emb_dim=32" in config_rules.mesh_problems(config, 6)[0]

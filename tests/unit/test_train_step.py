@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from MaxText import models, optimizers
+from MaxText import models, optimizers, train_step
 from tests import support
 
 
@@ -110,3 +110,53 @@ def test_muon_orthogonalizes_each_layer_alone_and_leaves_the_rest_to_adamw(atten
         singular = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
         assert np.quantile(singular, 0.1) > 0.5, (names, singular)  # the smallest of a square one may be almost 0
         assert singular.max() < 1.3, (names, singular)
+
+
+@jax.custom_jvp
+def _infinitely_steep(x):
+    return x
+
+
+@_infinitely_steep.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[0] * np.inf
+
+
+FAULTS = (lambda x: x, lambda x: x * np.nan, lambda x: x + np.inf, _infinitely_steep)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_that_is_not_finite_is_skipped_and_only_that_one(monkeypatch, accumulation):
+    """A NaN loss, an infinite one and an infinite gradient, the first in the first step of all.
+
+    Params, moments and counts are bit for bit those before, and in the end as if the bad batches had never been.
+    """
+    whole = train_step.loss.training_sums
+
+    def with_fault(config, model, params, batch, **keys):
+        total, sums = whole(config, model, params, batch, **keys)
+        fault = jax.numpy.clip(batch["inputs"].max() - 124, 0, 3)
+        return jax.lax.switch(fault, FAULTS, total), {**sums, "loss": jax.lax.switch(fault, FAULTS, sums["loss"])}
+
+    monkeypatch.setattr(train_step.loss, "training_sums", with_fault)
+    config = support.small_config(gradient_accumulation_steps=accumulation, skip_step_on_spikes=True)
+    trainer, never = (support.Trainer(config, support.mesh_of()) for _ in range(2))
+    for step in range(7):
+        fault = {0: 1, 3: 2, 4: 3}.get(step, 0)
+        batch = support.packed_batch(config, rows=4, seed=step)
+        batch["inputs"] = np.minimum(batch["inputs"], 124)
+        batch["inputs"][0, 0] = 124 + fault
+        before = jax.device_get(trainer.state)
+        metrics = trainer(batch)
+        assert metrics["optim/step_skipped"] == bool(fault)
+        if fault:
+            after = jax.device_get(trainer.state)
+            assert after.step == before.step + 1
+            jax.tree.map(np.testing.assert_array_equal, _without_step(after), _without_step(before))
+        else:
+            never(batch)
+    jax.tree.map(np.testing.assert_array_equal, *(_without_step(jax.device_get(t.state)) for t in (trainer, never)))
+
+
+def _without_step(state):
+    return state.params, state.opt_state, state.spikes

@@ -1,0 +1,236 @@
+"""Kills training at random instants and goes on, again and again: python -m tests.faults.kill [--kills 100] [--write].
+
+Each run is killed with SIGKILL (compiling, in a step, while saving or evaluating) until it is complete, with dropout,
+multi-token prediction and packed documents, over several epochs. Its parameters and moments must then have the sha256
+of a run that was never touched. --write adds the figures to benchmarks/results/kill_9.jsonl.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PERIOD = 10
+KEYS = {
+    "steps": 120,
+    "checkpoint_period": PERIOD,
+    "eval_interval": 15,
+    "eval_steps": 2,
+    "base_emb_dim": 32,
+    "base_num_decoder_layers": 2,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 2,
+    "base_mlp_dim": 64,
+    "head_dim": 8,
+    "vocab_size": 256,
+    "max_target_length": 32,
+    "num_vocab_tiling": 4,
+    "per_device_batch_size": 4,
+    "dropout_rate": 0.1,
+    "mtp_num_layers": 1,
+    "skip_step_on_spikes": "true",
+    "skip_step_interval": 16,
+    "enable_tensorboard": "false",
+    "log_period": 1,
+    "dataset_type": "grain",
+    "peak_tflops_per_device": 1,
+}
+STEP = re.compile(r"^completed step: (\d+),")
+
+
+@dataclasses.dataclass
+class Kill:
+    """One killed launch."""
+
+    phase: str
+    asynchronous: bool
+    resumed: int  # the step it went on from
+    reached: int  # the last step it reported
+
+
+class Tokenizer:
+    """Names itself; the ids are made by hand."""
+
+    eos_id, vocab_size, name, fingerprint = 0, 256, "none", "none"
+
+    def token_bytes(self) -> np.ndarray:
+        return np.ones(256, np.int32)
+
+
+def write_data(directory: pathlib.Path) -> None:
+    """Documents of 5 to 60 tokens: about 45 steps an epoch."""
+    from MaxText.input_pipeline import token_blocks
+
+    rng = np.random.default_rng(0)
+    for name, tokens in (("train", 5760), ("heldout", 600)):
+        writer = token_blocks.TokenBlockWriter(directory / name, Tokenizer(), block_tokens=64, shard_tokens=2000)
+        sizes = rng.integers(5, 60, tokens // 32)
+        writer.add([(1 + rng.integers(0, 255, size) ** 2 // 255).tolist() for size in sizes], source_bytes=tokens)
+        writer.finish("random documents", "none", {})
+
+
+class Harness:
+    """Launches below one folder; `environment` is what they see."""
+
+    def __init__(self, folder: pathlib.Path, environment: Mapping[str, str], cache: pathlib.Path, seed: int):
+        self.folder = folder
+        self.environment = {**environment, "JAX_PLATFORMS": "cpu"}
+        self.cache = cache
+        self.random = random.Random(seed)
+        write_data(folder / "data")
+        begin = time.monotonic()
+        self.expected = self._run_to_the_end("untouched", asynchronous=True)
+        self.seconds = time.monotonic() - begin  # of a whole run
+
+    def command(self, name: str, asynchronous: bool) -> list[str]:
+        keys = KEYS | {
+            "run_name": name,
+            "base_output_directory": self.folder,
+            "grain_train_files": self.folder / "data/train",
+            "grain_eval_files": self.folder / "data/heldout",
+            "jax_cache_dir": self.cache,
+            "async_checkpointing": str(asynchronous).lower(),
+        }
+        words = [f"{key}={value}" for key, value in keys.items()]
+        return [sys.executable, str(ROOT / "MaxText/train.py"), str(ROOT / "configs/validate_10m.yml"), *words]
+
+    def run_with_kills(self, name: str, kills: int) -> list[Kill]:
+        """Kills the run so many times, or fewer if it is complete before; then lets it end.
+
+        Raises:
+            AssertionError: it could not go on, or did not end as the untouched run.
+        """
+        done = []
+        while len(done) < kills:
+            killed = self._kill_once(name, asynchronous=self.random.random() < 0.5)
+            if killed is None:
+                break
+            done.append(killed)
+        assert self._run_to_the_end(name, asynchronous=True) == self.expected, f"{name} is not the same run"
+        return done
+
+    def _kill_once(self, name: str, asynchronous: bool) -> Kill | None:
+        """Launches, and kills at a random instant; None where the run was complete first."""
+        command = self.command(name, asynchronous)
+        process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True, cwd="/")
+        assert process.stdout is not None
+        after = self.random.uniform(0, 0.6 * self.seconds)
+        wait_for_a_step = self.random.random() < 0.75  # most instants would otherwise be before the first step
+        lines: list[str] = []
+        timer = threading.Timer(after / 4 if wait_for_a_step else after, process.kill)
+        if not wait_for_a_step:
+            timer.start()
+        for line in process.stdout:
+            lines.append(line)
+            if wait_for_a_step and STEP.match(line):
+                wait_for_a_step = False
+                timer.start()
+        code = process.wait()
+        timer.cancel()
+        process.stdout.close()
+        if code == 0:
+            return None
+        assert code == -signal.SIGKILL, "".join(lines)
+        steps = [int(match[1]) for match in map(STEP.match, lines) if match]
+        resumed = next((int(line.split()[3].replace(",", "")) for line in lines if line.startswith("Resuming")), 0)
+        return Kill(self._phase(name, lines, steps), asynchronous, resumed, steps[-1] if steps else resumed)
+
+    def _phase(self, name: str, lines: list[str], steps: list[int]) -> str:
+        if not lines:
+            return "starting"
+        if not steps:
+            return "compiling"
+        if list((self.folder / name / "checkpoints").glob(".*")):
+            return "saving"
+        evaluated = any(line.startswith(f"Completed eval after train step {steps[-1]},") for line in lines)
+        return "step" if steps[-1] % KEYS["eval_interval"] or evaluated else "evaluating"
+
+    def _run_to_the_end(self, name: str, asynchronous: bool) -> str:
+        """Lets a run end; the sha256 of its last state, and of what it logged."""
+        command = self.command(name, asynchronous)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=600, cwd="/")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return state_sha256(self.folder / name / f"checkpoints/{KEYS['steps']}") + losses_sha256(self.folder / name)
+
+
+def state_sha256(step: pathlib.Path) -> str:
+    """Of every array of a checkpoint, with its name."""
+    import orbax.checkpoint as ocp
+    from jax import tree_util
+
+    path = (step / "state").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = tree_util.tree_map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    digest = hashlib.sha256()
+    for name, array in tree_util.tree_leaves_with_path(state):
+        digest.update(str(name).encode() + np.asarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def losses_sha256(run: pathlib.Path) -> str:
+    """Of the losses that were logged, the last of each step; those of evaluations too."""
+    found = {}
+    for record in map(json.loads, (run / "metrics/metrics.jsonl").read_text().splitlines()):
+        found |= {(name, record["step"]): record[name] for name in ("learning/loss", "eval/avg_loss") if name in record}
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+
+
+def main() -> int:
+    """Kills as often as asked, and says what became of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    kills: list[Kill] = []
+    lost: dict[bool, list[int]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as folder:
+        harness = Harness(pathlib.Path(folder), os.environ, pathlib.Path(folder) / "jax", arguments.seed)
+        runs = 0
+        while len(kills) < arguments.kills:
+            runs += 1
+            done = harness.run_with_kills(f"run{runs}", arguments.kills - len(kills))
+            for kill, after in zip(done, [kill.resumed for kill in done[1:]], strict=False):
+                lost[kill.asynchronous].append(max(kill.reached - after, 0))
+            kills += done
+            print(f"run {runs}: {len(kills)} kills so far; the sha256 of the untouched run", flush=True)
+    result = {
+        "kills": len(kills),
+        "phases": dict(collections.Counter(kill.phase for kill in kills)),
+        "runs": runs,
+        "unrecoverable": 0,
+        "runs_with_the_untouched_sha256": runs,
+        "save_interval_steps": PERIOD,
+        "most_steps_lost_saving_in_the_foreground": max(lost[False], default=0),
+        "most_steps_lost_saving_in_the_background": max(lost[True], default=0),
+        "seed": arguments.seed,
+        "seconds": round(time.monotonic() - begin),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    print(json.dumps(result))
+    if arguments.write:
+        with (ROOT / "benchmarks/results/kill_9.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
