@@ -168,9 +168,9 @@ class Run:
 
     def data_position(self) -> dict[str, Any]:
         """What, with the step, determines every batch to come; a resumed run must have the same."""
-        config, manifest = self.job.config, self.data.train.manifest
+        config = self.job.config
         return {
-            "dataset": "synthetic" if manifest is None else manifest.sha256,
+            "dataset": self.data.train.identity,
             "data_shuffle_seed": config.data_shuffle_seed if config.enable_data_shuffling else -1,
             "max_target_length": config.max_target_length,
             "global_batch_size": self.job.global_batch_size,

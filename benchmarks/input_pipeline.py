@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def write_random_blocks(directory: Path) -> None:
 
     class RandomTokenizer:
         name, vocab_size, eos_id, fingerprint = "random", 49152, 0, "random"
+        special_ids: typing.ClassVar[dict[str, int]] = {}
 
         def token_bytes(self) -> np.ndarray:
             return np.ones(self.vocab_size, np.int32)
