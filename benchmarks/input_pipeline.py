@@ -105,7 +105,8 @@ def main() -> None:
         batch, length = arguments.batch, arguments.length
         with tokens_path.open("wb") as file:
             for first in range(0, dataset.num_windows, 1024):
-                windows, lengths = dataset._read_windows(np.arange(first, min(first + 1024, dataset.num_windows)))
+                numbers = np.arange(first, min(first + 1024, dataset.num_windows))
+                windows, lengths, _, _ = dataset._windows[0].read(numbers)
                 for window, size in zip(windows, lengths, strict=True):
                     file.write(window[: min(size, length)].astype(np.uint16).tobytes())
 

@@ -59,7 +59,7 @@ def open_tfds(place: str) -> Any:
     """
     import tensorflow_datasets
 
-    builder = tensorflow_datasets.builder_from_directory(os.path.expanduser(place))
+    builder: Any = tensorflow_datasets.builder_from_directory(os.path.expanduser(place))
     try:
         return builder.as_data_source(split="train")
     except NotImplementedError as error:

@@ -59,7 +59,8 @@ class Unit:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Unit":
-        return cls(**content | {"pieces": tuple(Piece(**piece) for piece in content["pieces"])})
+        pieces = tuple(Piece(**piece) for piece in content["pieces"])
+        return cls(content["number"], content["kind"], content["place"], pieces)
 
 
 def split_chain(source: str) -> list[tuple[str, str]]:

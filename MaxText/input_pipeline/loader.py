@@ -167,6 +167,8 @@ def _open_stream(config: Any, log: Callable[[str], None]) -> Datasets:
             f"{config.tokenizer_path or 'empty'}; such as source=hf:codeparrot/codeparrot-clean "
             "tokenizer_path=bigcode/starcoder2-3b"
         )
+    if config.steps == "auto":
+        raise ValueError("steps=auto needs to know how much data there is, and dataset_type=hf does not; give a number")
     size, length, masking = config.vocab_size, config.max_target_length, config.document_masking
     loaded = tokenizer.load(config.tokenizer_path)
     if loaded.vocab_size > size:

@@ -28,16 +28,16 @@ _RULES = [
         (
             "url_password",
             "://",
-            r"\b[a-z][a-z0-9+]{2,9}://[\w.~-]{1,64}:(?P<secret>[^\s:/@'\"{}<>$%*]{6,64})@[\w.-]+\.\w",
+            r"://[\w.~-]{1,64}:(?P<secret>[^\s:/@'\"{}<>$%*]{6,64})@[\w.-]+\.\w",
         ),
-        (
-            "assigned_secret",
-            "secret token api_key apikey passw private_key access_key",
-            r"(?i)\b\w*(?:secret|token|api_?key|passw(?:or)?d|private_?key|access_?key)\w*['\"]?\]?\s*[:=]\s*"
-            r"['\"](?P<secret>[\w+/=.~-]{20,200})['\"]",
-        ),
+        ("assigned_secret", "secret token key passw", r"['\"](?P<secret>[\w+/=.~-]{20,200})['\"]"),
     )
 ]
+
+
+# What must stand before an assigned secret, on its line: a name that says so, and a sign.
+_NAME = re.compile(r"(?i)(?:secret|token|api_?key|passw(?:or)?d|private_?key|access_?key)\w*['\"]?\]?\s*[:=]\s*$")
+NAME_CHARACTERS = 80
 
 
 def find(text: str) -> list[tuple[str, int, int]]:
@@ -48,7 +48,7 @@ def find(text: str) -> list[tuple[str, int, int]]:
         if not any(literal in lower for literal in literals):
             continue
         for match in pattern.finditer(text):
-            if kind not in ("assigned_secret", "url_password") or _is_random(match["secret"]):
+            if kind not in _DOUBTFUL or _DOUBTFUL[kind](text, match):
                 found.append((kind, *match.span("secret")))
     found.sort(key=lambda item: item[1:])
     apart: list[tuple[str, int, int]] = []
@@ -67,10 +67,23 @@ def redact(text: str, found: list[tuple[str, int, int]]) -> str:
     return "".join([*pieces, text[last:]])
 
 
-def _is_random(secret: str) -> bool:
-    """Whether it looks drawn at random: digits and letters mixed, and many different ones."""
-    if not (any(map(str.isdigit, secret)) and any(map(str.isalpha, secret))):
+def _is_mixed(secret: str) -> bool:
+    """Whether it holds digits and letters, as a placeholder such as `password` does not."""
+    return any(map(str.isdigit, secret)) and any(map(str.isalpha, secret))
+
+
+def _is_url_password(text: str, match: re.Match[str]) -> bool:
+    return _is_mixed(match["secret"])
+
+
+def _is_assigned(text: str, match: re.Match[str]) -> bool:
+    """Whether it looks drawn at random, many different digits and letters, and its name says what it is."""
+    secret = match["secret"]
+    if not _is_mixed(secret) or not _NAME.search(text[max(match.start() - NAME_CHARACTERS, 0) : match.start()]):
         return False
     counts = Counter(secret).values()
     entropy = -sum(count / len(secret) * math.log2(count / len(secret)) for count in counts)
     return entropy > min(MIN_ENTROPY, math.log2(len(secret)) - 0.5)
+
+
+_DOUBTFUL = {"assigned_secret": _is_assigned, "url_password": _is_url_password}

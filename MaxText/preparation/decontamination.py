@@ -1,8 +1,8 @@
 """Finds documents that hold a piece of a benchmark: they would be graded by what they were trained on.
 
 In: the problems of benchmarks as texts. Out: for a document, the problems of which it has RUN_WORDS consecutive words,
-whatever stands between the words; DeepSeek-Coder's rule (arXiv:2401.14196, section 2.4). Runs that are boilerplate, of
-few different words, do not count. A hit is reported with its problem and its words, so that a person can judge it.
+whatever stands between the words; DeepSeek-Coder's rule (arXiv:2401.14196, section 2.4). Runs with few different
+words of letters, such as `0 1 2 3 ...`, do not count. A hit tells its problem and its words, for a person to judge.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import numpy as np
 from MaxText.preparation import near_duplicates
 
 RUN_WORDS = 10
-MIN_DIFFERENT_WORDS = 6
+MIN_DIFFERENT_WORDS = 6  # of two letters or more
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,12 @@ class Benchmarks:
         """
         runs: dict[int, str] = {}
         for name, text in sorted(problems.items()):
-            words = near_duplicates.words(text.encode())
-            hashes = near_duplicates.runs(near_duplicates.word_hashes(words), RUN_WORDS)
-            for start, run in enumerate(hashes.tolist() if len(words) >= RUN_WORDS else ()):
-                if len(set(words[start : start + RUN_WORDS])) >= MIN_DIFFERENT_WORDS:
+            content = text.encode()
+            hashes, bounds = near_duplicates.words(content)
+            telling = [word if word.isalpha() and len(word) > 1 else b"" for word in (content[a:b] for a, b in bounds)]
+            found = near_duplicates.runs(hashes, RUN_WORDS).tolist() if hashes.size >= RUN_WORDS else []
+            for start, run in enumerate(found):
+                if len(set(telling[start : start + RUN_WORDS]) - {b""}) >= MIN_DIFFERENT_WORDS:
                     runs.setdefault(run, name)
         self._sorted = np.array(sorted(runs), np.uint64)
         self._names = [runs[run] for run in self._sorted.tolist()]
@@ -44,15 +46,15 @@ class Benchmarks:
     def __bool__(self) -> bool:
         return bool(self._names)
 
-    def hits(self, words: list[bytes], hashes: np.ndarray) -> list[Hit]:
-        """One hit for every problem that shares a run with the document of these words."""
-        if len(words) < RUN_WORDS or not self._sorted.size:
+    def hits(self, content: bytes, hashes: np.ndarray, bounds: np.ndarray) -> list[Hit]:
+        """One hit for every problem that shares a run with the document, of which near_duplicates.words gives these."""
+        if hashes.size < RUN_WORDS or not self._sorted.size:
             return []
         runs = near_duplicates.runs(hashes, RUN_WORDS)
         places = np.minimum(np.searchsorted(self._sorted, runs), self._sorted.size - 1)
         found: dict[str, Hit] = {}
         for start in np.flatnonzero(self._sorted[places] == runs).tolist():
             name = self._names[places[start]]
-            shared = b" ".join(words[start : start + RUN_WORDS]).decode(errors="replace")
-            found.setdefault(name, Hit(name, shared))
+            shared = [content[a:b] for a, b in bounds[start : start + RUN_WORDS].tolist()]
+            found.setdefault(name, Hit(name, b" ".join(shared).decode(errors="replace")))
         return list(found.values())

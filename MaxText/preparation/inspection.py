@@ -139,7 +139,7 @@ def _plot(names: Sequence[str], lengths: Sequence[np.ndarray], path: str) -> str
     except ImportError:
         return "no picture: matplotlib is not installed; run bash setup.sh --data"
     figure, axes = pyplot.subplots(figsize=(8, 4))
-    bins = np.geomspace(1, max(int(sizes.max()) for sizes in lengths) + 2, 60)
+    bins = np.geomspace(1, max(int(sizes.max()) for sizes in lengths) + 2, 60).tolist()
     for name, sizes in zip(names, lengths, strict=True):
         label = f"{name[-60:]}: median {int(np.median(sizes)):,}, 90% below {int(np.quantile(sizes, 0.9)):,}"
         axes.hist(np.maximum(sizes, 1), bins=bins, histtype="step", label=label)

@@ -32,7 +32,7 @@ def run(
     """
     if num_workers == 1 or len(numbers) == 1:
         return _run_here(task, numbers, workplace, progress, done)
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn")
     waiting = list(numbers)[::-1]
     workers: dict[Any, tuple[Any, int]] = {}  # a connection to each worker, its process, what it is doing
     failures: dict[int, str] = {}
@@ -55,7 +55,8 @@ def run(
         for _ in range(min(num_workers, len(numbers))):
             start()
         while workers:
-            for connection in multiprocessing.connection.wait(list(workers)):
+            ready: list[Any] = multiprocessing.connection.wait(list(workers))
+            for connection in ready:
                 process, number = workers[connection]
                 try:
                     kind, value = connection.recv()

@@ -215,9 +215,9 @@ def _compare(
         return near_duplicates.signature(near_duplicates.id_hashes(record.ids)) if wanted else None, []
     if not wanted and not shared.benchmarks:
         return None, []
-    words = near_duplicates.words(content)
-    hashes = near_duplicates.word_hashes(words)
-    return near_duplicates.signature(hashes) if wanted else None, shared.benchmarks.hits(words, hashes)
+    hashes, bounds = near_duplicates.words(content)
+    signature = near_duplicates.signature(hashes) if wanted else None
+    return signature, shared.benchmarks.hits(content, hashes, bounds)
 
 
 def encode(workplace: Workplace, number: int, report: Report) -> None:

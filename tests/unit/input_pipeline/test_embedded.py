@@ -1,4 +1,3 @@
-import json
 import resource
 import shutil
 from types import SimpleNamespace

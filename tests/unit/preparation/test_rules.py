@@ -16,7 +16,7 @@ CODE = "def add(first, second):\n    return first + second\n" * 4
     [
         (CODE, None),
         (CODE + "x" * 1001, "long_line"),
-        (CODE + "x" * 1000, None),
+        (CODE * 5 + "x" * 1000, None),
         (("name = value and other " * 5 + "\n") * 9, "long_mean_line"),
         ("+-*/ ()[]{} #!@ \n" * 30 + "abc", "too_few_alphanumeric"),
         ("x = [\n" + "    123, 456, 789,\n" * 30 + "]\n", "data_only"),
@@ -111,8 +111,17 @@ def test_what_is_no_secret(text):
 # ---- near duplicates
 
 
+def test_words_and_their_hashes():
+    text = "x_1 = föö(a1,bb)\n\n x_1+日本 " + "y" * 600 + " " + "y" * 601
+    hashes, bounds = near_duplicates.words(text.encode())
+    found = [text.encode()[start:stop].decode() for start, stop in bounds.tolist()]
+    assert found == ["x_1", "föö", "a1", "bb", "x_1", "日本", "y" * 600, "y" * 601]
+    assert hashes[0] == hashes[4] and len(set(hashes.tolist())) == 7
+    assert len(near_duplicates.words(b" \n")[0]) == len(near_duplicates.words(b"")[0]) == 0
+
+
 def signature(words):
-    return near_duplicates.signature(near_duplicates.word_hashes(word.encode() for word in words))
+    return near_duplicates.signature(near_duplicates.words(" ".join(words).encode())[0])
 
 
 def test_signatures_estimate_similarity():
@@ -151,8 +160,7 @@ def test_clusters_keep_the_first():
 
 
 def hits(benchmarks, text):
-    words = near_duplicates.words(text.encode())
-    return benchmarks.hits(words, near_duplicates.word_hashes(words))
+    return benchmarks.hits(text.encode(), *near_duplicates.words(text.encode()))
 
 
 def test_a_piece_of_humaneval_is_found():
@@ -178,8 +186,14 @@ def test_other_benchmarks_are_files(tmp_path):
 
 
 def test_runs_of_few_different_words_do_not_count():
-    benchmarks = decontamination.Benchmarks({"p": "a b " * 20})
-    assert not benchmarks and not hits(benchmarks, "a b " * 20)
+    for text in (
+        "word other " * 20,
+        "0 1 2 3 4 5 6 7 8 9 0 1 2",
+        "one 1 two 2 three 3 four 4 five 5",
+        "a b c d e f g h i j k",
+    ):
+        benchmarks = decontamination.Benchmarks({"p": text})
+        assert not benchmarks and not hits(benchmarks, text)
 
 
 def test_every_reason_is_counted_in_the_manifest(texts, prepare, tmp_path):
