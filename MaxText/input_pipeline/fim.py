@@ -6,6 +6,7 @@ place of the last tokens of the suffix, never of the middle. Source: Bavarian et
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +20,14 @@ SENTINELS = ("fim_prefix", "fim_middle", "fim_suffix")
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a document in a row, [start, stop); `key` is all that its draws depend on."""
+    """A part of a document in a row, [start, stop)."""
 
     row: int
     start: int
     stop: int
-    key: int
     needs_end: bool
     has_path: bool
+    draws: Sequence[float]  # in [0, 1): whether, the two cuts, which form
 
 
 class Fim:
@@ -61,7 +62,7 @@ class Fim:
             origins: uint64 [B]: epoch and file of each window, in one number.
             starts: [B]: where in the file the window begins; with it a piece's draws do not depend on its row.
         """
-        pieces = [piece for piece in self._pieces(windows, lengths, origins, starts) if _uniform(piece, 0) < self._rate]
+        pieces = self._pieces(windows, lengths, origins, starts)
         texts = [self._tokenizer.decode(windows[p.row, p.start : p.stop].tolist()) for p in pieces]
         parts: list[str] = []
         for piece, text in zip(pieces, texts, strict=True):
@@ -87,24 +88,29 @@ class Fim:
     def _pieces(
         self, windows: np.ndarray, lengths: np.ndarray, origins: np.ndarray, starts: np.ndarray
     ) -> list[_Piece]:
-        """The runs of ordinary tokens that are long enough, in order."""
+        """The runs of ordinary tokens that are long enough and are to be permuted, in order."""
         bounds = np.isin(windows, (self._tokenizer.eos_id, self._file_sep, self._repo_name))
-        keys = mix(mix(self._key ^ origins) ^ starts.astype(np.uint64))
-        pieces = []
+        keys = mix(self._key ^ origins) + starts.astype(np.uint64)
+        found: list[tuple[int, int, int, bool, bool]] = []
         for row, length in enumerate(lengths.tolist()):
             ends = [-1, *np.flatnonzero(bounds[row, :length]).tolist(), length]
             for before, stop in itertools.pairwise(ends):
                 opener = int(windows[row, before]) if before >= 0 else -1
                 if stop - before - 1 < MIN_TOKENS or (opener == self._repo_name != -1):
                     continue
-                has_path = opener == self._file_sep != -1
-                pieces.append(_Piece(row, before + 1, stop, int(keys[row]) + before, stop == length, has_path))
-        return pieces
+                found.append((row, before + 1, stop, stop == length, opener == self._file_sep != -1))
+        if not found:
+            return []
+        rows, begins = np.array([piece[:2] for piece in found]).T
+        own = mix(keys[rows] + begins.astype(np.uint64))
+        draws = (mix(own[:, None] + np.arange(4, dtype=np.uint64)) >> np.uint64(11)).astype(np.float64) / 2.0**53
+        chosen = zip(found, draws.tolist(), strict=True)
+        return [_Piece(*piece, draws=numbers) for piece, numbers in chosen if numbers[0] < self._rate]
 
     def _cut(self, piece: _Piece, text: str) -> list[str]:
         """[what stays in front, prefix, middle, suffix]: a file's path, if it has one, is never cut."""
         path, newline, rest = text.partition("\n") if piece.has_path else ("", "", text)
-        cuts = sorted(int(_uniform(piece, draw) * (len(rest) + 1)) for draw in (1, 2))
+        cuts = sorted(int(draw * (len(rest) + 1)) for draw in piece.draws[1:3])
         return [path + newline, rest[: cuts[0]], rest[cuts[0] : cuts[1]], rest[cuts[1] :]]
 
     def _arrange(
@@ -117,12 +123,6 @@ class Fim:
         if excess > len(suffix):
             return None
         suffix = suffix[: len(suffix) - excess]
-        if _uniform(piece, 3) < self._spm_rate:
+        if piece.draws[3] < self._spm_rate:
             return [*front, self._prefix, self._suffix, *suffix, self._middle, *prefix, *middle, *end]
         return [*front, self._prefix, *prefix, self._suffix, *suffix, self._middle, *middle, *end]
-
-
-def _uniform(piece: _Piece, draw: int) -> float:
-    """A number in [0, 1) that depends on the piece's key and the draw alone."""
-    value = mix(np.array([(piece.key + (draw << 40)) % 2**64], np.uint64))
-    return int(value[0] >> np.uint64(11)) / 2**53

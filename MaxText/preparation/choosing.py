@@ -29,9 +29,8 @@ def choose(
     is_kept[order[np.append(True, ~same)] if order.size else order] = True
     dropped = Counter({"duplicate": int(len(index) - is_kept.sum())})
     if threshold > 0:
-        signatures = np.concatenate([np.load(workplace.file("scan", unit, "signatures.npy")) for unit in units])
         numbers = np.flatnonzero(is_kept)
-        firsts = near_duplicates.clusters(signatures[numbers], threshold)
+        firsts = near_duplicates.clusters(_read_signatures(workplace, units, places[numbers]), threshold)
         is_kept[numbers[firsts != np.arange(numbers.size)]] = False
         dropped["near_duplicate"] = int(numbers.size - is_kept.sum())
     is_heldout = index[:, 2] % np.uint64(held_out_one_in) == 0 if held_out_one_in else np.zeros(len(index), bool)
@@ -66,6 +65,15 @@ def sample_texts(workplace: Workplace, units: Sequence[int]) -> list[str]:
             header, _, content = reader.read(record, record + 1)[0].partition(b"\n")
             texts += [content.decode()] if json.loads(header)[0] == "text" else []
     return texts
+
+
+def _read_signatures(workplace: Workplace, units: Sequence[int], places: np.ndarray) -> np.ndarray:
+    """uint32 [places, near_duplicates.SIZE]: the signatures of these records, which are in the order of units."""
+    parts = []
+    for unit in units:
+        signatures = np.load(workplace.file("scan", unit, "signatures.npy"), mmap_mode="r")
+        parts.append(signatures[places[places[:, 0] == unit, 1]])
+    return np.concatenate(parts)
 
 
 def _read_index(workplace: Workplace, units: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
