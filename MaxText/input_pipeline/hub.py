@@ -46,6 +46,13 @@ def split_place(place: str) -> tuple[str, str | None, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None, revision or None
 
 
+def broken_data() -> type[Exception]:
+    """What the library raises where the data, and not the way to it, is broken."""
+    import datasets.exceptions
+
+    return datasets.exceptions.DatasetGenerationError
+
+
 def version(stream: Any) -> str:
     """What the library knows of the data's version."""
     return str(stream.info.version or "") + str(stream.info.download_size or "")

@@ -1,7 +1,8 @@
 """The records of a unit, one after the other: text or token ids, and what is known of where they come from.
 
 In: a unit. Out: Records, and a Bad for everything that is none, with its place; a broken file ends with a Bad after the
-records before the break, and never ends the work. Which column is the text is known for the usual data sets.
+records before the break, and never ends the work. Errors of a disk or a network are raised: trying again helps.
+Which column is the text is known for the usual data sets.
 """
 
 import gzip
@@ -28,7 +29,7 @@ MAX_LINE_BYTES = 2**28
 BATCH_ROWS = 256
 READ_BYTES = 2**17
 PACKED_EVIDENCE_ROWS = 16  # if so many rows of token ids are of one length, they are pieces of a stream
-BROKEN = (OSError, EOFError, zlib.error)
+BROKEN = (EOFError, zlib.error, gzip.BadGzipFile)  # of the data; errors of a disk or network fail the unit instead
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _read_file(piece: Piece, unit: Unit) -> Iterator[Record | Bad]:
     except UnicodeDecodeError:
         yield Bad(piece.path, "not_utf8")
         return
-    except OSError as error:
+    except PermissionError as error:
         yield Bad(piece.path, "unreadable", str(error))
         return
     roots = [file_system(unit.place)[1]] if unit.place else list(map(str, sources.python_roots()))
@@ -118,8 +119,6 @@ def _jsonl_rows(piece: Piece) -> Iterator[Row | Bad]:
                 if not line.strip():
                     continue
                 yield _parse_line(line, place)
-    except FileNotFoundError as error:
-        yield Bad(piece.path, "unreadable", str(error))
     except Exception as error:  # zstandard's error is no other's child, and cannot be named without importing it
         if not isinstance(error, BROKEN) and type(error).__name__ != "ZstdError":
             raise
@@ -186,6 +185,8 @@ def _parquet_rows(piece: Piece, text_column: str) -> Iterator[Row | Bad]:
                         yield f"{piece.path}:row group {group}, row {row}", values
                         row += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError | ConnectionError | TimeoutError):
+            raise  # Arrow's own errors of broken data are OSErrors, too
         yield Bad(piece.path, "broken_parquet", f"row group {group}: {str(error).splitlines()[0][:200]}")
 
 
@@ -214,7 +215,7 @@ def hub_rows(piece: Piece) -> Iterator[Row | Bad]:
     try:
         for index, row in enumerate(stream.shard(stream.num_shards, piece.start)):
             yield f"{place}, row {index}", row
-    except (OSError, ValueError, EOFError) as error:
+    except (ValueError, EOFError, hub.broken_data()) as error:
         yield Bad(place, "broken_stream", f"after row {index}: {str(error)[:200]}")
 
 
