@@ -11,7 +11,8 @@ usage() {
 usage: bash setup.sh [options]
   --python PATH     the Python to make .venv from: 3.11, 3.12 or 3.13 (default: the .venv there is, else the first found)
   --device DEVICE   cpu, tpu or cuda (default: what this machine has)
-  --test            also what the tests and checks need; PyTorch too where a CPU-only build of it is on offer
+  --data            also what prepare_data.py and dataset_type=hf read: Parquet, the Hugging Face hub, .zst, TFDS
+  --test            also what the tests and checks need, --data among it; PyTorch too where a CPU-only build of it is on offer
   --torch           also PyTorch, whichever build is on offer (for Linux usually the CUDA one, several GB)
   --tpu-compiler    also the TPU compiler, which compiles for a TPU on a machine that has none
   -h, --help        this text
@@ -22,11 +23,12 @@ say() { echo "setup: $*"; }
 die() { echo "setup: error: $*" >&2; exit 1; }
 
 main() {
-  local python="" device="" test=false torch=no tpu_compiler=false
+  local python="" device="" data=false test=false torch=no tpu_compiler=false
   while (($#)); do
     case $1 in
       --python) python=${2:-}; shift ;;
       --device) device=${2:-none}; shift ;;
+      --data) data=true ;;
       --test) test=true ;;
       --torch) torch=yes ;;
       --tpu-compiler) tpu_compiler=true ;;
@@ -46,6 +48,7 @@ main() {
   install runtime requirements.lock
   if [[ $device == cuda ]]; then install cuda requirements-cuda.lock; fi
   if [[ $device == tpu || $tpu_compiler == true ]]; then install tpu requirements-tpu.lock; fi
+  if [[ $data == true || $test == true ]]; then install data requirements-data.lock; fi
   if [[ $test == true ]]; then install test requirements-test.lock; fi
   if [[ $test == true && $torch == no ]]; then torch=cpu-only; fi
   if [[ $torch != no ]]; then install_torch "$torch"; fi

@@ -47,7 +47,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         """z_loss_multiplier vocab_padding final_logits_soft_cap mtp_num_layers mtp_loss_scaling_factor
         mtp_loss_scaling_factor_final grain_worker_count adam_weight_decay gradient_clipping_threshold
-        skip_first_n_steps_for_profiler peak_tflops_per_device max_run_hours
+        prepare_workers held_out_one_in skip_first_n_steps_for_profiler peak_tflops_per_device max_run_hours
         hang_timeout_minutes sdc_check_interval""",
     ),
     ("from 0 to 2147483647", lambda value: 0 <= value < 2**31, "init_weights_seed data_shuffle_seed"),
@@ -65,7 +65,8 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
-        "sharding_tolerance warmup_steps_fraction wsd_decay_steps_fraction learning_rate_final_fraction",
+        """sharding_tolerance warmup_steps_fraction wsd_decay_steps_fraction learning_rate_final_fraction
+        fim_rate fim_spm_rate near_duplicate_threshold""",
     ),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_b1 adam_b2 muon_beta dropout_rate"),
 )
@@ -318,12 +319,13 @@ def _manifest(values: Values, key: str) -> Iterator[str]:
     text = values[key]
     if not text:
         return
-    folder = Path(text).expanduser()
-    fix = "give a directory of token blocks, such as the train/ or heldout/ of an embedded corpus"
-    if not folder.is_dir():
-        yield f"{key}={text}: there is no such directory; {fix}"
-    elif not (folder / "manifest.json").is_file():
-        yield f"{key}={text}: there is no {folder / 'manifest.json'}; {fix}"
+    parts = [part.rpartition(",")[0].strip() for part in text.split(";") if part.strip()] if "," in text else [text]
+    fix = "give a directory of token blocks, such as the train/ or heldout/ that prepare_data.py makes"
+    for folder in (Path(part).expanduser() for part in parts):
+        if not folder.is_dir():
+            yield f"{key}={text}: there is no such directory as {folder}; {fix}"
+        elif not (folder / "manifest.json").is_file():
+            yield f"{key}={text}: there is no {folder / 'manifest.json'}; {fix}"
 
 
 _FSDP_KEYS = ("ici_fsdp_parallelism", "base_emb_dim")

@@ -95,6 +95,11 @@ def parse_command_line(argv: Sequence[str], environ: Mapping[str, str]) -> Comma
     return CommandLine(config=_checked(arguments, environ), dry_run=arguments.dry_run, message=None)
 
 
+def with_run_name(argv: Sequence[str], name: str) -> list[str]:
+    """argv with a run name, for commands that make no run."""
+    return list(argv) if any(word.startswith("run_name=") for word in argv) else [*argv, f"run_name={name}"]
+
+
 def help_text(yaml_path: str | None) -> str:
     """How to use the command line, then every key with its value in this config file (base.yml if None)."""
     values = _without_problems(_Arguments(path=yaml_path), {}).values

@@ -15,9 +15,9 @@ from MaxText.train_state import TrainState
 
 def data_position(job: Job, dataset: loader.Dataset) -> dict[str, Any]:
     """What, with the step, determines every batch to come; a resumed run must have the same."""
-    config, manifest = job.config, dataset.manifest
+    config = job.config
     return {
-        "dataset": "synthetic" if manifest is None else manifest.sha256,
+        "dataset": dataset.identity,
         "data_shuffle_seed": config.data_shuffle_seed if config.enable_data_shuffling else -1,
         "max_target_length": config.max_target_length,
         "global_batch_size": job.global_batch_size,

@@ -10,6 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def write_random_blocks(directory: Path) -> None:
 
     class RandomTokenizer:
         name, vocab_size, eos_id, fingerprint = "random", 49152, 0, "random"
+        special_ids: typing.ClassVar[dict[str, int]] = {}
 
         def token_bytes(self) -> np.ndarray:
             return np.ones(self.vocab_size, np.int32)
@@ -103,7 +105,8 @@ def main() -> None:
         batch, length = arguments.batch, arguments.length
         with tokens_path.open("wb") as file:
             for first in range(0, dataset.num_windows, 1024):
-                windows, lengths = dataset._read_windows(np.arange(first, min(first + 1024, dataset.num_windows)))
+                numbers = np.arange(first, min(first + 1024, dataset.num_windows))
+                windows, lengths, _, _ = dataset._windows[0].read(numbers)
                 for window, size in zip(windows, lengths, strict=True):
                     file.write(window[: min(size, length)].astype(np.uint16).tobytes())
 

@@ -12,10 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from MaxText.input_pipeline import embedded, packing
-from MaxText.input_pipeline.permutation import permute
+from MaxText.input_pipeline import embedded, tokenizer
+from MaxText.input_pipeline.fim import Fim
 from MaxText.input_pipeline.synthetic import SyntheticDataset
-from MaxText.input_pipeline.token_blocks import Manifest, TokenBlockReader
+from MaxText.input_pipeline.token_blocks import Manifest
+from MaxText.input_pipeline.token_dataset import TokenDataset, check_same_tokenizer, parse_mixture
 
 SYNTHETIC_TRAIN_WINDOWS = 2**40  # never repeats in practice
 SYNTHETIC_EVAL_WINDOWS = 256
@@ -31,7 +32,7 @@ class Dataset(Protocol):
     num_windows: int
 
     @property
-    def manifest(self) -> Manifest | None: ...
+    def identity(self) -> str: ...
 
     def num_batches(self, global_batch_size: int) -> int: ...
 
@@ -55,79 +56,6 @@ class Datasets:
     eos_id: int
     tokenizer_path: str
     description: str
-
-
-class TokenDataset:
-    """Windows of `sequence_length` + 1 tokens over a directory of token blocks.
-
-    Neighbouring windows share one token, the last target of one being the first input of the next, so that every token
-    of a shard but its first is a target once per epoch; the first of a document is one without weight.
-    A shard's last window is padded, never dropped.
-
-    Attributes:
-        manifest: of the directory.
-        vocab_size: the model's.
-        num_windows: samples in one epoch.
-    """
-
-    def __init__(
-        self, directory: str | Path, vocab_size: int, sequence_length: int, shuffle_seed: int | None, repeat: bool
-    ):
-        """Args:
-        shuffle_seed: None leaves the windows in the order of the files; else each epoch has an order of its own.
-        repeat: after the last window begin again (training), or give padding only (evaluation).
-        """
-        self._reader = TokenBlockReader(directory, vocab_size)
-        self.manifest = self._reader.manifest
-        self.vocab_size = vocab_size
-        self.sequence_length = sequence_length
-        self.eos_id = self.manifest.eos_id
-        self._padding = np.array(self.eos_id, self._reader.dtype).tobytes()
-        self._shuffle_seed = shuffle_seed
-        self._repeat = repeat
-        self._shard_tokens = np.array([shard.tokens for shard in self.manifest.shards])
-        windows = -(-(self._shard_tokens - 1) // sequence_length)
-        self._window_ends = np.cumsum(windows)
-        self._window_starts = self._window_ends - windows
-        self.num_windows = int(self._window_ends[-1])
-
-    def num_batches(self, global_batch_size: int) -> int:
-        """Batches in one pass over the data, the last one perhaps not full."""
-        return -(-self.num_windows // global_batch_size)
-
-    def batch(self, step: int, global_batch_size: int, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
-        """The rows `rows` of the global batch of step `step`: int32 [rows, sequence_length] under packing.KEYS."""
-        samples = step * global_batch_size + np.arange(global_batch_size)[rows]
-        if self._repeat:
-            epochs, positions = np.divmod(samples, self.num_windows)
-            if self._shuffle_seed is not None:
-                positions = permute(positions, self.num_windows, self._shuffle_seed, epochs)
-        else:
-            positions = samples
-        return packing.pack(*self._read_windows(positions), self.eos_id)
-
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes per token id; 0 for special tokens and for ids the tokenizer has not."""
-        sizes = self._reader.token_bytes()
-        padded = np.zeros(self.vocab_size, np.int32)
-        padded[: sizes.size] = sizes[: self.vocab_size]
-        return padded
-
-    def _read_windows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The windows [B, L + 1] at these positions and their true lengths [B]; a position past the end is empty."""
-        width = self.sequence_length + 1
-        inside = positions < self.num_windows
-        shards = np.searchsorted(self._window_ends[:-1], positions, side="right")
-        starts = (positions - self._window_starts[shards]) * self.sequence_length
-        lengths = np.where(inside, np.minimum(width, self._shard_tokens[shards] - starts), 0)
-        pieces = []
-        for shard, start, length in zip(shards.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            if length:
-                pieces.append(self._reader.read(shard, start, length))
-            if length < width:  # any valid id serves as padding: its segment is 0
-                pieces.append(self._padding * (width - length))
-        windows = np.frombuffer(b"".join(pieces), self._reader.dtype).reshape(positions.size, width)
-        return windows.astype(np.int32), lengths
 
 
 def read_ahead(
@@ -165,6 +93,8 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
     shuffle_seed = config.data_shuffle_seed if config.enable_data_shuffling else None
     if config.dataset_type == "synthetic":
         return _open_synthetic(config)
+    if config.dataset_type == "hf":
+        return _open_stream(config, log)
     if config.dataset_type == "embedded":
         corpus = embedded.prepare(**_embedded_settings(config), log=log)
         train_directory, eval_directory = corpus.train, corpus.heldout
@@ -174,16 +104,18 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
         if not config.grain_train_files:
             raise ValueError("dataset_type=grain needs grain_train_files, a directory with a manifest.json")
         train_directory, eval_directory = config.grain_train_files, config.grain_eval_files
-        tokenizer_path, note, cure = config.tokenizer_path, "", ""
+        tokenizer_path, note, cure = config.tokenizer_path or _tokenizer_beside(train_directory), "", ""
     else:
-        raise ValueError(f"dataset_type={config.dataset_type}: use embedded, grain or synthetic")
-    length = config.max_target_length
+        raise ValueError(f"dataset_type={config.dataset_type}: use embedded, grain, hf or synthetic")
+    size, length, masking = config.vocab_size, config.max_target_length, config.document_masking
     evaluation = None
     try:
-        train = TokenDataset(train_directory, config.vocab_size, length, shuffle_seed, repeat=True)
+        fim = _open_fim(config, tokenizer_path)
+        train = TokenDataset(train_directory, size, length, shuffle_seed, True, fim, masking)
+        _check_fim_tokenizer(fim, train.manifest)
         if eval_directory:
-            evaluation = TokenDataset(eval_directory, config.vocab_size, length, shuffle_seed=None, repeat=False)
-            _check_same_tokenizer(train, evaluation)
+            evaluation = TokenDataset(eval_directory, size, length, None, repeat=False, document_masking=masking)
+            check_same_tokenizer("training and evaluation data", train.manifest, evaluation.manifest)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{error}{cure}") from error
     return Datasets(
@@ -226,12 +158,65 @@ def _open_synthetic(config: Any) -> Datasets:
     return Datasets(train, evaluation, None, train.eos_id, "", description)
 
 
-def _check_same_tokenizer(train: TokenDataset, evaluation: TokenDataset) -> None:
-    ours, theirs = train.manifest.tokenizer, evaluation.manifest.tokenizer
-    if ours["sha256"] != theirs["sha256"]:
+def _open_stream(config: Any, log: Callable[[str], None]) -> Datasets:
+    from MaxText.input_pipeline.streaming import StreamDataset  # imported only by who streams
+
+    if not config.source or not config.tokenizer_path:
         raise ValueError(
-            f"training and evaluation data were made with different tokenizers: {ours['name']} ({ours['sha256'][:16]}) "
-            f"and {theirs['name']} ({theirs['sha256'][:16]}); prepare both with one"
+            f"dataset_type=hf needs source and tokenizer_path, and they are {config.source or 'empty'} and "
+            f"{config.tokenizer_path or 'empty'}; such as source=hf:codeparrot/codeparrot-clean "
+            "tokenizer_path=bigcode/starcoder2-3b"
+        )
+    if config.steps == "auto":
+        raise ValueError("steps=auto needs to know how much data there is, and dataset_type=hf does not; give a number")
+    size, length, masking = config.vocab_size, config.max_target_length, config.document_masking
+    loaded = tokenizer.load(config.tokenizer_path)
+    if loaded.vocab_size > size:
+        raise ValueError(
+            f"tokenizer_path={config.tokenizer_path} has {loaded.vocab_size} entries, more than vocab_size={size}; set "
+            f"vocab_size to at least {loaded.vocab_size}"
+        )
+    fim = _open_fim(config, config.tokenizer_path)
+    train = StreamDataset(config.source, config.text_column, loaded, size, length, config.num_epoch, fim, masking, log)
+    evaluation = None
+    if config.grain_eval_files:
+        evaluation = TokenDataset(config.grain_eval_files, size, length, None, repeat=False, document_masking=masking)
+        theirs = evaluation.manifest.tokenizer
+        if theirs["sha256"] != loaded.fingerprint:
+            raise ValueError(f"grain_eval_files={config.grain_eval_files} was made with the tokenizer {theirs['name']}")
+    description = (
+        f"DATA: STREAMED from {train.source}: in its order, not deduplicated, "
+        f"{'no held-out data' if evaluation is None else 'held-out data is prepared'}; a resumed run reads all again "
+        f"up to its step; tokenizer {loaded.name} of {loaded.vocab_size:,} entries"
+    )
+    return Datasets(train, evaluation, train.token_bytes(), train.eos_id, config.tokenizer_path, description)
+
+
+def _tokenizer_beside(files: str) -> str:
+    """The tokenizer that prepare_data.py put next to the data; empty if there is none."""
+    folder = Path(parse_mixture(files)[0][0]).expanduser().parent / "tokenizer"
+    found = [path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.is_file()]
+    return "" if not found else str(found[0] if found[0].suffix == ".model" else folder)
+
+
+def _open_fim(config: Any, tokenizer_path: str) -> Fim | None:
+    if config.fim_rate == 0:
+        return None
+    if not tokenizer_path:
+        raise ValueError(f"fim_rate={config.fim_rate} cuts between characters, for which it needs tokenizer_path")
+    return Fim(tokenizer.load(tokenizer_path), config.fim_rate, config.fim_spm_rate, config.data_shuffle_seed)
+
+
+def _check_fim_tokenizer(fim: Fim | None, manifest: Manifest) -> None:
+    """Refuse to cut with another tokenizer than the data was made with.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if fim is not None and fim.identity[-1] != manifest.tokenizer["sha256"]:
+        raise ValueError(
+            f"tokenizer_path is another tokenizer than the data was made with, {manifest.tokenizer['name']} "
+            f"({manifest.tokenizer['sha256'][:16]}); fim_rate needs that one"
         )
 
 
@@ -240,8 +225,10 @@ def _describe(train: TokenDataset, evaluation: TokenDataset | None) -> str:
     heldout = "no held-out data"
     if evaluation is not None:
         heldout = f"{evaluation.manifest.tokens:,} tokens of {evaluation.manifest.documents:,} held-out files"
+    sources = "; and ".join(
+        f"{part.source}; {part.tokens:,} training tokens of {part.documents:,} files" for part in train.manifests
+    )
     return (
-        f"DATA: {manifest.source}; {manifest.tokens:,} training tokens of {manifest.documents:,} files "
-        f"({train.num_windows:,} sequences of {train.sequence_length}), {heldout}; "
+        f"DATA: {sources} ({train.num_windows:,} sequences of {train.sequence_length}), {heldout}; "
         f"tokenizer {manifest.tokenizer['name']} of {manifest.vocab_size:,} entries"
     )

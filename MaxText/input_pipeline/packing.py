@@ -12,14 +12,15 @@ KEYS = (
 )  # fmt: skip
 
 
-def pack(windows: np.ndarray, lengths: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
+def pack(windows: np.ndarray, lengths: np.ndarray, eos_id: int, document_masking: bool = True) -> dict[str, np.ndarray]:
     """The batch made from int32 windows [B, L + 1] of which row r has `lengths[r]` real tokens.
 
     Segments count the documents of a row from 1, and padding is 0. `targets_segmentation` is 0, that is without loss,
     also where the target belongs to another document than its input. Positions restart with each document.
+    Without `document_masking` a row is one segment, whatever it holds.
     """
     width = windows.shape[1]
-    is_end = windows == eos_id
+    is_end = (windows == eos_id) & document_masking
     is_end[:, -1] = False  # nothing follows it in this row
     second_starts = np.flatnonzero(is_end) + 1  # where a document begins inside a row, counted through all rows
     row_starts = np.arange(0, windows.size, width)

@@ -19,7 +19,7 @@ class SyntheticDataset:
     """Batches of the random process; `num_windows` samples, after which evaluation ends and training goes on."""
 
     def __init__(self, vocab_size: int, sequence_length: int, seed: int, num_windows: int):
-        self.manifest = None
+        self.identity = "synthetic"
         self.vocab_size = vocab_size
         self.sequence_length = sequence_length
         self.eos_id = EOS_ID

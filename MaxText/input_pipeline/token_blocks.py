@@ -19,7 +19,7 @@ import numpy as np
 
 from MaxText.input_pipeline.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK_TOKENS = 2048
 SHARD_TOKENS = 2**27
 MANIFEST = "manifest.json"
@@ -60,6 +60,8 @@ class Manifest:
     dropped: dict[str, int]
     split_rule: str
     source: str
+    special_ids: dict[str, int]
+    preparation: dict[str, Any]
 
     @property
     def sha256(self) -> str:
@@ -101,6 +103,73 @@ class Manifest:
         return manifest
 
 
+class ShardWriter:
+    """Writes documents as one shard, under a temporary name until it is whole."""
+
+    def __init__(self, path: Path, eos_id: int, vocab_size: int, block_tokens: int):
+        self.tokens = 0
+        self.max_token_id = 0
+        self._path = path
+        self._temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        self._eos_id, self._vocab_size, self._block_tokens = eos_id, vocab_size, block_tokens
+        self._dtype = id_dtype(vocab_size)
+        self._writer: Any = None
+        self._pending: list[np.ndarray] = []  # tokens that do not yet fill a block
+        self._pending_tokens = self._documents = self._records = 0
+
+    def add(self, document: Sequence[int] | np.ndarray) -> int:
+        """Append a document and EOS; returns the number of tokens written.
+
+        Raises:
+            ValueError: an id is not the tokenizer's, or is EOS.
+        """
+        ids = np.append(np.asarray(document, np.int64), self._eos_id)
+        if not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise ValueError(
+                f"token ids {ids.min()}..{ids.max()} are outside the tokenizer's 0..{self._vocab_size - 1}"
+            )
+        if (ids[:-1] == self._eos_id).any():
+            raise ValueError(f"a document contains the end-of-text id {self._eos_id}; encode special tokens as text")
+        if self._writer is None:
+            from array_record.python.array_record_module import ArrayRecordWriter
+
+            self._writer = ArrayRecordWriter(str(self._temporary), f"group_size:1,{CODECS[self._dtype.name]}")
+        self.max_token_id = max(self.max_token_id, int(ids.max()))
+        self._pending.append(ids.astype(self._dtype))
+        self._pending_tokens += ids.size
+        self.tokens += ids.size
+        self._documents += 1
+        if self._pending_tokens >= self._block_tokens:
+            self._write_blocks(whole_blocks_only=True)
+        return ids.size
+
+    def close(self) -> Shard | None:
+        """The shard, on the disk under its name; None if no document came."""
+        if self._writer is None:
+            return None
+        if self._pending_tokens:
+            self._write_blocks(whole_blocks_only=False)
+        with disk_errors():
+            self._writer.close()
+        with self._temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if (records := open_array_record(self._temporary).num_records()) != self._records:
+            raise OSError(f"{self._temporary}: {records} of {self._records} records arrived on the disk; is it full?")
+        self._temporary.rename(self._path)
+        size, digest = self._path.stat().st_size, file_sha256(self._path)
+        return Shard(self._path.name, size, self._records, self.tokens, self._documents, digest)
+
+    def _write_blocks(self, whole_blocks_only: bool) -> None:
+        tokens = np.concatenate(self._pending)
+        end = tokens.size // self._block_tokens * self._block_tokens if whole_blocks_only else tokens.size
+        with disk_errors():
+            for start in range(0, end, self._block_tokens):
+                self._writer.write(tokens[start : min(start + self._block_tokens, end)].tobytes())
+                self._records += 1
+        self._pending = [tokens[end:]]
+        self._pending_tokens = tokens.size - end
+
+
 class TokenBlockWriter:
     """Writes documents as token blocks; the directory counts as prepared only once `finish` has returned."""
 
@@ -112,29 +181,19 @@ class TokenBlockWriter:
         self._tokenizer = tokenizer
         self._block_tokens = block_tokens
         self._shard_tokens = shard_tokens
-        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
         self._shards: list[Shard] = []
-        self._writer: Any = None
-        self._pending: list[np.ndarray] = []  # tokens of the open shard that do not yet fill a block
-        self._pending_tokens = self._tokens = self._documents = self._records = 0  # of the open shard
         self._max_token_id = self._source_bytes = 0
         directory.mkdir(parents=True, exist_ok=True)
+        self._writer = self._open_shard()
 
     def add(self, documents: Iterable[Sequence[int]], source_bytes: int) -> int:
         """Append the documents, each followed by EOS; returns the number of tokens written."""
-        eos_id, vocab_size = self._tokenizer.eos_id, self._tokenizer.vocab_size
         written = 0
         for document in documents:
-            ids = np.fromiter((*document, eos_id), np.int64, len(document) + 1)
-            if not 0 <= ids.min() <= ids.max() < vocab_size:
-                raise ValueError(f"token ids {ids.min()}..{ids.max()} are outside the tokenizer's 0..{vocab_size - 1}")
-            if (ids[:-1] == eos_id).any():
-                raise ValueError(f"a document contains the end-of-text id {eos_id}; encode special tokens as text")
-            if self._writer is not None and self._tokens >= self._shard_tokens:
+            if self._writer.tokens >= self._shard_tokens:
                 self._close_shard()
-            self._max_token_id = max(self._max_token_id, int(ids.max()))
-            self._append(ids.astype(self._dtype))
-            written += ids.size
+                self._writer = self._open_shard()
+            written += self._writer.add(document)
         self._source_bytes += source_bytes
         return written
 
@@ -146,76 +205,80 @@ class TokenBlockWriter:
             split_rule: how held-out documents were told from the others, in words.
             dropped: the number of documents left out, by reason.
         """
-        if self._writer is not None:
-            self._close_shard()
-        if not self._shards:
-            raise ValueError(f"{self._directory}: there is not one document to write")
-        sizes_path = self._directory / TOKEN_BYTES
-        np.save(sizes_path, self._tokenizer.token_bytes())
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            block_tokens=self._block_tokens,
-            dtype=self._dtype.name,
-            codec=CODECS[self._dtype.name],
-            eos_id=self._tokenizer.eos_id,
-            vocab_size=self._tokenizer.vocab_size,
+        self._close_shard()
+        return write_manifest(
+            self._directory,
+            self._tokenizer,
+            self._block_tokens,
+            self._shards,
             max_token_id=self._max_token_id,
-            tokenizer={"name": self._tokenizer.name, "sha256": self._tokenizer.fingerprint},
-            token_bytes_sha256=file_sha256(sizes_path),
-            shards=tuple(self._shards),
-            documents=sum(shard.documents for shard in self._shards),
-            tokens=sum(shard.tokens for shard in self._shards),
             source_bytes=self._source_bytes,
             dropped=dropped,
             split_rule=split_rule,
             source=source,
+            preparation={},
         )
-        manifest.save(self._directory)
-        return manifest
 
-    def _append(self, ids: np.ndarray) -> None:
-        if self._writer is None:
-            from array_record.python.array_record_module import ArrayRecordWriter
-
-            options = f"group_size:1,{CODECS[self._dtype.name]}"
-            self._writer = ArrayRecordWriter(str(self._shard_path().with_suffix(".tmp")), options)
-        self._pending.append(ids)
-        self._pending_tokens += ids.size
-        self._tokens += ids.size
-        self._documents += 1
-        if self._pending_tokens >= self._block_tokens:
-            self._write_blocks(whole_blocks_only=True)
-
-    def _write_blocks(self, whole_blocks_only: bool) -> None:
-        tokens = np.concatenate(self._pending)
-        end = tokens.size // self._block_tokens * self._block_tokens if whole_blocks_only else tokens.size
-        with _disk_errors():
-            for start in range(0, end, self._block_tokens):
-                self._writer.write(tokens[start : min(start + self._block_tokens, end)].tobytes())
-                self._records += 1
-        self._pending = [tokens[end:]]
-        self._pending_tokens = tokens.size - end
-
-    def _shard_path(self) -> Path:
-        return self._directory / f"tokens-{len(self._shards):05d}.array_record"
+    def _open_shard(self) -> ShardWriter:
+        path = self._directory / f"tokens-{len(self._shards):05d}.array_record"
+        return ShardWriter(path, self._tokenizer.eos_id, self._tokenizer.vocab_size, self._block_tokens)
 
     def _close_shard(self) -> None:
-        if self._pending_tokens:
-            self._write_blocks(whole_blocks_only=False)
-        with _disk_errors():
-            self._writer.close()
-        path = self._shard_path()
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        if (records := _open_array_record(temporary).num_records()) != self._records:
-            raise OSError(f"{temporary}: {records} of {self._records} records arrived on the disk; is it full?")
-        temporary.rename(path)
-        self._shards.append(
-            Shard(path.name, path.stat().st_size, self._records, self._tokens, self._documents, file_sha256(path))
-        )
-        self._writer, self._pending = None, []
-        self._pending_tokens = self._tokens = self._documents = self._records = 0
+        shard = self._writer.close()
+        self._max_token_id = max(self._max_token_id, self._writer.max_token_id)
+        self._shards += [] if shard is None else [shard]
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest type of ids below `vocab_size` that shards are written in."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def write_manifest(
+    directory: Path,
+    tokenizer: Tokenizer,
+    block_tokens: int,
+    shards: Sequence[Shard],
+    *,
+    max_token_id: int,
+    source_bytes: int,
+    dropped: dict[str, int],
+    split_rule: str,
+    source: str,
+    preparation: dict[str, Any],
+) -> Manifest:
+    """Vouch for the shards that lie in `directory`: from here on it counts as prepared data.
+
+    Raises:
+        ValueError: there is no shard.
+    """
+    if not shards:
+        raise ValueError(f"{directory}: there is not one document to write")
+    sizes_path = directory / TOKEN_BYTES
+    np.save(sizes_path, tokenizer.token_bytes())
+    dtype = id_dtype(tokenizer.vocab_size).name
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        block_tokens=block_tokens,
+        dtype=dtype,
+        codec=CODECS[dtype],
+        eos_id=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        max_token_id=max_token_id,
+        tokenizer={"name": tokenizer.name, "sha256": tokenizer.fingerprint},
+        token_bytes_sha256=file_sha256(sizes_path),
+        shards=tuple(shards),
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        source_bytes=source_bytes,
+        dropped=dropped,
+        split_rule=split_rule,
+        source=source,
+        special_ids=tokenizer.special_ids,
+        preparation=preparation,
+    )
+    manifest.save(directory)
+    return manifest
 
 
 class TokenBlockReader:
@@ -249,7 +312,7 @@ class TokenBlockReader:
                 raise ValueError(f"{path} is refused: {size:,} bytes where {MANIFEST} says {shard.bytes:,}")
         if sum(shard.bytes for shard in self.manifest.shards) < CHECKSUM_AT_OPEN_BYTES:
             self.verify()
-        self._readers = [_open_array_record(path) for path in self._paths]
+        self._readers = [open_array_record(path) for path in self._paths]
         for path, shard, reader in zip(self._paths, self.manifest.shards, self._readers, strict=True):
             if (records := reader.num_records()) != shard.records:
                 raise ValueError(f"{path} is refused: {records:,} records where {MANIFEST} says {shard.records:,}")
@@ -301,7 +364,7 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _disk_errors() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """Turn ArrayRecord's RuntimeError into the OSError it is: its text names the file and the reason."""
     try:
         yield
@@ -309,7 +372,8 @@ def _disk_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _open_array_record(path: Path) -> Any:
+def open_array_record(path: Path) -> Any:
+    """A reader of the file's records, to be used as `read(i, i + 1)`: see the module's first lines."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(str(path), "readahead_buffer_size:0")

@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,11 +24,19 @@ SPECIAL_TOKENS = (
     END_OF_TEXT, "<|pad|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
     "<|file_sep|>",
 )  # fmt: skip
+# What special tokens are for, and how tokenizers spell them: ours and Qwen's with bars, StarCoder2's without.
+ROLES = ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
+SPELLINGS = ("<|{}|>", "<{}>")
 # Words, single digits, punctuation with the newline and the indentation after it: 23% more bytes per token on Python
 # than StarCoder's rules, 8% more than Qwen's.
 CODE_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+(?:(?:\r?\n)+[ \t]*)?|(?:\r?\n)+[ \t]*|[ \t]+(?!\S)|\s+"
 )
+PATTERNS = {
+    "code": CODE_PATTERN,
+    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
 MIN_FREQUENCY = 2  # a pair seen once is no evidence for a token
 HUB_PROBE_SECONDS = 3
 ROUND_TRIP_SAMPLE = "def f(x):\n\treturn x  # é\u2581\r\n\n\n    \u200d\U0001f600 ﬁ\x00\n"
@@ -41,6 +50,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int
     fingerprint: str
+    special_ids: dict[str, int]  # by role, those of ROLES that it has
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, without BOS or EOS; no text can produce `eos_id`."""
@@ -54,9 +64,16 @@ class Tokenizer(Protocol):
         """int32 [vocab_size]: the UTF-8 bytes each token stands for; 0 for special tokens."""
         ...
 
+    def save(self, directory: Path) -> str:
+        """Copy it into a directory; returns what to append to the directory for `load`."""
+        ...
 
-def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+
+def train(texts: Iterable[str], vocab_size: int, directory: Path, rules: str = "code") -> None:
     """Train a byte-level BPE of at most `vocab_size` entries and save it as a Hugging Face directory.
+
+    Args:
+        rules: how text is cut into words, inside which tokens stay: code, starcoder2 or qwen.
 
     Raises:
         ValueError: `vocab_size` has no room for the 256 bytes and the special tokens.
@@ -75,12 +92,12 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(CODE_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    if rules == "starcoder2":  # its digits, then GPT-2's pattern
+        cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        split = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[rules]), behavior="isolated")
+        cut = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(cut)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -136,6 +153,7 @@ class HuggingFaceTokenizer:
     """A fast tokenizer of `transformers`, used through its `tokenizers` backend."""
 
     def __init__(self, name: str, tokenizer: Any):
+        self._tokenizer = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise ValueError(f"tokenizer_path={name}: it has no fast (`tokenizers`) form; convert it to one")
@@ -148,6 +166,7 @@ class HuggingFaceTokenizer:
         self._backend.encode_special_tokens = True
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size = 1 + max(self._backend.get_vocab().values())
+        self.special_ids = _special_ids(self._backend.token_to_id)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -166,6 +185,10 @@ class HuggingFaceTokenizer:
                 sizes[token] = len(piece) if byte_level else _sentencepiece_bytes(piece)
         return sizes
 
+    def save(self, directory: Path) -> str:
+        self._tokenizer.save_pretrained(directory)
+        return ""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model; not exact on all text (U+2581 becomes a blank), therefore not the default."""
@@ -180,9 +203,12 @@ class SentencePieceTokenizer:
         if self._model.eos_id() < 0:
             raise ValueError(f"tokenizer_path={path}: it has no end-of-text token; train it with eos_id set")
         self.name = str(path)
+        self._path = path
         self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
         self.eos_id: int = self._model.eos_id()
         self.vocab_size: int = self._model.vocab_size()
+        model, unknown = self._model, self._model.unk_id()
+        self.special_ids = _special_ids(lambda piece: i if (i := model.piece_to_id(piece)) != unknown else None)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), out_type=int)
@@ -200,6 +226,20 @@ class SentencePieceTokenizer:
             ],
             np.int32,
         )
+
+    def save(self, directory: Path) -> str:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self._path, directory / "tokenizer.model")
+        return "tokenizer.model"
+
+
+def _special_ids(find: Callable[[str], int | None]) -> dict[str, int]:
+    """The ids of the roles for which a spelling is found."""
+    found = {}
+    for role in ROLES:
+        ids = [id_ for spelling in SPELLINGS if (id_ := find(spelling.format(role))) is not None]
+        found |= {role: ids[0]} if ids else {}
+    return found
 
 
 def _sentencepiece_bytes(piece: str) -> int:
@@ -224,7 +264,7 @@ def _load_hugging_face(name: str, path: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         if path.is_dir():
             raise ValueError(f"tokenizer_path={name}: no usable Hugging Face tokenizer there ({error})") from error
-    if problem := _hub_problem():
+    if problem := hub_problem():
         raise FileNotFoundError(
             f"tokenizer_path={name}: no such directory here, not in the hub's cache, and the hub cannot be asked "
             f"({problem}); download it on a machine with access and give its directory"
@@ -235,7 +275,7 @@ def _load_hugging_face(name: str, path: Path) -> Any:
         raise FileNotFoundError(f"tokenizer_path={name}: the hub did not give a tokenizer ({error})") from error
 
 
-def _hub_problem() -> str | None:
+def hub_problem() -> str | None:
     """Why the hub cannot be reached, told within seconds (the library itself retries for most of a minute)."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return "HF_HUB_OFFLINE is set"

@@ -56,6 +56,7 @@ LAYERS = {
     "MaxText.train_report": 6,
     "MaxText.job": 6,
     "MaxText.aot.*": 7,
+    "MaxText.preparation.*": 7,
     "MaxText.trained": 7,
     "MaxText.hf_export": 8,
     "MaxText.train_loop": 8,

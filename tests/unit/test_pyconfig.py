@@ -66,7 +66,7 @@ def test_comments_go_on_in_the_lines_below_and_hold_the_legal_words():
     keys = config_files.manual()
     assert keys["remat_policy"].choices == ("none", "minimal", "full", "custom")
     assert keys["remat_policy"].comment.endswith("nine keys below say")
-    assert keys["dataset_type"].choices == ("embedded", "grain", "synthetic")
+    assert keys["dataset_type"].choices == ("embedded", "grain", "hf", "synthetic")
     assert keys["profiler"].choices == ("", "xplane")
     assert keys["dtype"].choices == ("bfloat16", "float32")
     assert keys["jax_cache_dir"].choices == ()

@@ -1,6 +1,7 @@
 """A tokenizer that does nothing, and directories of token blocks made with it."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ class FakeTokenizer:
     """Ids are what the test says they are."""
 
     eos_id = 0
+    special_ids: ClassVar[dict[str, int]] = {}
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
@@ -21,6 +23,9 @@ class FakeTokenizer:
         raise NotImplementedError
 
     def decode(self, ids):
+        raise NotImplementedError
+
+    def save(self, directory):
         raise NotImplementedError
 
     def token_bytes(self) -> np.ndarray:

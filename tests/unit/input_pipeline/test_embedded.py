@@ -1,4 +1,3 @@
-import json
 import resource
 import shutil
 from types import SimpleNamespace
@@ -155,7 +154,8 @@ def test_open_datasets(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "python_roots", lambda: [tree])
     config = SimpleNamespace(
         dataset_type="embedded", data_cache_directory=str(tmp_path), embedded_corpus_bytes=10**6, vocab_size=512,
-        tokenizer_path="", max_target_length=32, enable_data_shuffling=True, data_shuffle_seed=0,
+        tokenizer_path="", max_target_length=32, enable_data_shuffling=True, data_shuffle_seed=0, fim_rate=0.5,
+        fim_spm_rate=0.5, document_masking=True,
     )  # fmt: skip
     datasets = loader.open_datasets(config, print)
     assert datasets.description.startswith("DATA: the Python files of this machine (80 files, ")
@@ -166,4 +166,4 @@ def test_open_datasets(tree, tmp_path, monkeypatch):
     text_bytes = sum(len(path.read_bytes()) for path in tree.iterdir())
     assert datasets.train.manifest.source_bytes + datasets.evaluation.manifest.source_bytes == text_bytes
     assert batch["inputs"].shape == (4, 32)
-    assert json.loads((datasets.train._reader.directory / "manifest.json").read_text())["split_rule"]
+    assert datasets.train.manifest.split_rule

@@ -117,6 +117,9 @@ def config(**changes):
         "max_target_length": LENGTH,
         "enable_data_shuffling": True,
         "data_shuffle_seed": 0,
+        "fim_rate": 0.0,
+        "fim_spm_rate": 0.5,
+        "document_masking": True,
     }
     return SimpleNamespace(**values | changes)
 
@@ -134,7 +137,7 @@ def test_open_prepared_data(shards, write_blocks):
 
 def test_open_synthetic_data():
     datasets = open_datasets(config(dataset_type="synthetic"), print)
-    assert "SYNTHETIC" in datasets.description and datasets.train.manifest is None
+    assert "SYNTHETIC" in datasets.description and datasets.train.identity == "synthetic"
     first, second = (d.batch(0, 2, slice(None))["inputs"] for d in (datasets.train, datasets.evaluation))
     assert first.shape == (2, LENGTH) and not np.array_equal(first, second)
 
@@ -144,7 +147,7 @@ def test_open_synthetic_data():
     [
         ({}, ValueError, "needs grain_train_files"),
         ({"grain_train_files": "/nowhere"}, FileNotFoundError, "/nowhere holds no prepared data"),
-        ({"dataset_type": "hf"}, ValueError, "dataset_type=hf: use embedded, grain or synthetic"),
+        ({"dataset_type": "tf"}, ValueError, "dataset_type=tf: use embedded, grain, hf or synthetic"),
     ],
 )
 def test_bad_settings(changes, error, message):

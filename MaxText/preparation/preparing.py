@@ -1,0 +1,322 @@
+"""The whole of a preparation: find the units, scan them, choose, encode, and vouch for the result with manifests.
+
+In: a config. Out: `out`/train, /heldout, /tokenizer and report.json. Every step leaves files in a folder whose name is
+a hash of the source and of all settings; run again after a kill, it goes on from them. The result holds no time,
+host name or worker count: the same source and settings give the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import FrozenConfigDict
+
+from MaxText.evaluation import humaneval, mbpp
+from MaxText.input_pipeline import inputs, token_blocks, tokenizer
+from MaxText.preparation import choosing, pool, tasks
+from MaxText.preparation.tasks import PARTS, Settings, Workplace
+
+REPORT = "report.json"
+REPORT_SECONDS = 5
+SHOWN_FAILURES = 5
+Log = Callable[[str], None]
+
+
+def prepare(config: FrozenConfigDict, log: Log) -> int:
+    """Prepare what `config.source` names into `config.out`; 0 complete, 1 some units failed and a rerun may mend it.
+
+    Raises:
+        ValueError: the source, a setting or what lies in `out` will not do.
+        OSError: `out` cannot be written.
+    """
+    if not config.source or not config.out:
+        raise ValueError(f"source={config.source} out={config.out}: both are needed, such as source=dir:src out=data")
+    out = Path(config.out).expanduser()
+    given = _given_tokenizer(config)
+    settings = _settings(config, given)
+    benchmarks = read_benchmarks(config.decontaminate)
+    started = time.monotonic()
+    units = inputs.find_units(config.source, inputs.UNIT_BYTES, log)
+    work = {
+        "version": [tasks.VERSION, token_blocks.FORMAT_VERSION],
+        "settings": dataclasses.asdict(settings),
+        "tokenizer": given.fingerprint if given else [config.vocab_size, tokenizer.CODE_PATTERN],
+        "benchmarks": benchmarks,
+        "units": [unit.to_json() for unit in units],
+    }
+    digest = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
+    if (out / REPORT).is_file():
+        return _check_complete(out, digest, log)
+    workplace = Workplace(out / f".work-{digest}", out)
+    with _alone(out):
+        for other in set(out.glob(".work-*")) - {workplace.folder}:
+            log(f"deleting the unfinished work of other settings or another source in {other}")
+            shutil.rmtree(other)
+        if not (workplace.folder / "work.json").is_file():
+            workplace.write_json(workplace.folder / "work.json", work)
+        numbers = [unit.number for unit in units]
+        sizes = {unit.number: unit.size for unit in units}
+        workers = config.prepare_workers or len(os.sched_getaffinity(0))
+        if _run(workplace, "scan", sizes, workers, log):
+            return 1
+        dropped = _choose(workplace, numbers, settings, config.vocab_size, given, log)
+        encoder = tokenizer.load(str(out / workplace.read_json("chosen.json")["tokenizer"]))
+        encoder.name = given.name if given else "byte-level BPE trained on this data"  # no path of this machine
+        sizes = {number: max(_chosen_bytes(workplace, number), 1) for number in numbers}
+        if _run(workplace, "encode", sizes, workers, log):
+            return 1
+        report = _finish(workplace, units, settings, encoder, dropped, digest)
+        shutil.rmtree(workplace.folder)
+    for line in _closing(report, out, time.monotonic() - started):
+        log(line)
+    return 0
+
+
+def read_benchmarks(names: str) -> dict[str, str]:
+    """The problems that no document may hold: `humaneval`, and files of problems, separated by commas.
+
+    Raises:
+        ValueError: there is no such file, or it holds no problems.
+    """
+    found: dict[str, str] = {}
+    for name in filter(None, map(str.strip, names.split(","))):
+        if name == "humaneval" or "mbpp" in Path(name).name:
+            task = humaneval.load("") if name == "humaneval" else mbpp.load(name)
+            found |= {problem.name: problem.prompt + problem.solution for problem in task.problems}
+            continue
+        try:
+            lines = Path(name).expanduser().read_text().splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            texts = ["\n".join(value for value in row.values() if isinstance(value, str)) for row in rows]
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"decontaminate={name}: must be humaneval, or a .jsonl file with one problem a line ({error})"
+            ) from error
+        found |= {f"{Path(name).name}/{number}": text for number, text in enumerate(texts)}
+    return found
+
+
+def _settings(config: FrozenConfigDict, given: tokenizer.Tokenizer | None) -> Settings:
+    needed = {"repo_name", "file_sep"}
+    if config.repositories and given is not None and not needed <= given.special_ids.keys():
+        raise ValueError(
+            f"repositories=true needs tokens for {' and '.join(sorted(needed))}, and tokenizer_path="
+            f"{config.tokenizer_path} has {sorted(given.special_ids) or 'none'}; use another one or repositories=false"
+        )
+    return Settings(
+        text_column=config.text_column,
+        line_rules=config.line_rules,
+        drop_generated=config.drop_generated,
+        syntax_check=config.syntax_check,
+        licenses=tuple(sorted({name.strip().lower() for name in config.licenses.split(",")} - {""})),
+        secrets=config.secrets,
+        near_duplicate_threshold=config.near_duplicate_threshold,
+        held_out_one_in=config.held_out_one_in,
+        repositories=config.repositories,
+        eos_id=given.eos_id if given else -1,
+    )
+
+
+def _given_tokenizer(config: FrozenConfigDict) -> tokenizer.Tokenizer | None:
+    if not config.tokenizer_path:
+        return None
+    given = tokenizer.load(config.tokenizer_path)
+    if given.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer_path={config.tokenizer_path} has {given.vocab_size} entries, more than "
+            f"vocab_size={config.vocab_size}; set vocab_size to at least {given.vocab_size}"
+        )
+    return given
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second preparation out of the folder for as long as this one lives."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out={out} is being prepared by another process; wait for it, or give another out"
+            ) from None
+        yield
+        (out / ".lock").unlink()
+
+
+def _check_complete(out: Path, digest: str, log: Log) -> int:
+    report = json.loads((out / REPORT).read_text())
+    if report["work"] != digest:
+        raise ValueError(
+            f"out={out} holds data of another source or other settings; give another out, or delete it first"
+        )
+    log(f"{out} is complete already: {report['tokens']['train']:,} training tokens")
+    return 0
+
+
+def _run(workplace: Workplace, task: str, sizes: dict[int, int], workers: int, log: Log) -> bool:
+    """Do the task for the units for which it is not done; says how it goes. True if any failed."""
+    todo = [number for number in sizes if not workplace.done(task, number).is_file()]
+    if len(todo) < len(sizes):
+        log(f"{task}: {len(sizes) - len(todo):,} of {len(sizes):,} units are done already")
+    total = sum(sizes[number] for number in todo)
+    started = told = time.monotonic()
+    read = finished = 0
+
+    def progress(size: int) -> None:
+        nonlocal read, told
+        read += size
+        now = time.monotonic()
+        if now - told > REPORT_SECONDS:
+            told, rate = now, max(read, 1) / (now - started)
+            log(
+                f"{task}: {finished:,} of {len(todo):,} units, {read / 1e6:,.0f} of about {total / 1e6:,.0f} MB, "
+                f"{rate / 1e6:.1f} MB/s, about {max(total - read, 0) / rate:,.0f} s left"
+            )
+
+    def done(number: int) -> None:
+        nonlocal finished
+        finished += 1
+
+    failures = pool.run(task, todo, workplace, workers, progress, done) if todo else {}
+    seconds = max(time.monotonic() - started, 1e-9)
+    log(f"{task}: {finished:,} units, {read / 1e6:,.1f} MB in {seconds:.1f} s, {read / 1e6 / seconds:.1f} MB/s")
+    for number, story in sorted(failures.items())[:SHOWN_FAILURES]:
+        log(f"{task}: UNIT {number} FAILED: {story}")
+    if failures:
+        log(f"{task}: {len(failures):,} units failed; the same command tries these again")
+    return bool(failures)
+
+
+def _choose(
+    workplace: Workplace,
+    numbers: Sequence[int],
+    settings: Settings,
+    vocab_size: int,
+    given: tokenizer.Tokenizer | None,
+    log: Log,
+) -> dict[str, int]:
+    """Deduplicate and split, and see to the tokenizer; what was dropped at this point, by reason."""
+    if workplace.file("chosen", 0, "npy").is_file() and (workplace.folder / "chosen.json").is_file():
+        return workplace.read_json("chosen.json")["dropped"]
+    started = time.monotonic()
+    dropped = choosing.choose(
+        workplace, numbers, settings.near_duplicate_threshold, settings.held_out_one_in, settings.repositories
+    )
+    log(f"choose: duplicates of all units dropped: {dict(dropped)} ({time.monotonic() - started:.1f} s)")
+    folder = workplace.out / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    if given is not None:
+        name = given.save(folder)
+    else:
+        texts = choosing.sample_texts(workplace, numbers)
+        if not texts:
+            raise ValueError("there is no text to train a tokenizer on; for token ids, give their tokenizer_path")
+        log(f"tokenizer: training a byte-level BPE of {vocab_size:,} on {sum(map(len, texts)) / 1e6:.1f} MB")
+        tokenizer.train(texts, vocab_size, folder)
+        name = ""
+    content = {"tokenizer": str(Path("tokenizer") / name), "dropped": dict(dropped)}
+    workplace.write_json(workplace.folder / "chosen.json", content)
+    return content["dropped"]
+
+
+def _chosen_bytes(workplace: Workplace, number: int) -> int:
+    """What is to be encoded for a shard, roughly: the compressed texts of the unit, as they lie on the disk."""
+    return workplace.file("scan", number, "texts").stat().st_size * inputs.COMPRESSION
+
+
+def _finish(
+    workplace: Workplace,
+    units: Sequence[inputs.Unit],
+    settings: Settings,
+    encoder: tokenizer.Tokenizer,
+    chosen_dropped: dict[str, int],
+    digest: str,
+) -> dict[str, Any]:
+    """Write the manifests, the held-out one first, and the report; returns the report."""
+    scans = [json.loads(workplace.done("scan", unit.number).read_text()) for unit in units]
+    counts = {
+        name: sum((Counter(scan[name]) for scan in scans), Counter()) for name in ("dropped", "tagged", "bad", "totals")
+    }
+    counts["dropped"] += Counter(chosen_dropped)
+    encoded = [json.loads(workplace.done("encode", unit.number).read_text()) for unit in units]
+    place = f"{units[0].kind}:{units[0].place}" if units[0].place else units[0].kind
+    by = "repository" if settings.repositories else "text"
+    rule = f"held out if the first 8 bytes of sha256({by}), big-endian, mod {settings.held_out_one_in} == 0"
+    manifests = {}
+    for part in PARTS[::-1]:
+        results = [result[part] for result in encoded if part in result]
+        if part == "heldout" and not results:
+            if settings.held_out_one_in:
+                raise ValueError(
+                    f"no document was held out of {counts['totals']['records']:,}; lower held_out_one_in="
+                    f"{settings.held_out_one_in}, or set it to 0 for no held-out data"
+                )
+            continue
+        if not results:
+            raise ValueError(f"no document is left of {counts['totals']['records']:,}: {_in_words(counts['dropped'])}")
+        manifests[part] = token_blocks.write_manifest(
+            workplace.out / part,
+            encoder,
+            token_blocks.BLOCK_TOKENS,
+            [token_blocks.Shard(**result["shard"]) for result in results],
+            max_token_id=max(result["max_token_id"] for result in results),
+            source_bytes=sum(result["source_bytes"] for result in results),
+            dropped=dict(sorted((counts["dropped"] + counts["bad"]).items())),
+            split_rule=rule,
+            source=place,
+            preparation={
+                "settings": dataclasses.asdict(settings),
+                "tagged": dict(sorted(counts["tagged"].items())),
+                "bad": dict(sorted(counts["bad"].items())),
+                "totals": dict(sorted(counts["totals"].items())),
+            },
+        )
+    report = {
+        "work": digest,
+        "source": place,
+        **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
+        "documents": {part: manifest.documents for part, manifest in manifests.items()},
+        "tokens": {part: manifest.tokens for part, manifest in manifests.items()},
+        "source_bytes": {part: manifest.source_bytes for part, manifest in manifests.items()},
+        "hits": [hit for scan in scans for hit in scan["hits"]],
+        "bad_records": [bad for scan in scans for bad in scan["bad_records"]],
+    }
+    workplace.write_json(workplace.out / REPORT, report)
+    return report
+
+
+def _closing(report: dict[str, Any], out: Path, seconds: float) -> Iterator[str]:
+    totals = report["totals"]
+    size = totals.get("bytes", 0)
+    yield f"READ: {totals.get('records', 0):,} records, {size / 1e6:,.1f} MB of {report['source']}"
+    if report["bad"]:
+        yield f"BAD RECORDS, skipped: {_in_words(report['bad'])}; each with its place in {out / REPORT}"
+        for location, reason, detail in report["bad_records"][:SHOWN_FAILURES]:
+            yield f"  {location}: {reason}{': ' if detail else ''}{detail}"
+    yield f"DROPPED: {_in_words(report['dropped'])}"
+    if report["tagged"]:
+        yield f"KEPT, but counted: {_in_words(report['tagged'])}"
+    if report["hits"]:
+        problems = len({hit["problem"] for hit in report["hits"]})
+        documents = report["dropped"]["contaminated"]
+        yield f"CONTAMINATED: {documents:,} documents with {problems} problems; in {out / REPORT}"
+    for part, tokens in report["tokens"].items():
+        share = report["source_bytes"][part] / tokens
+        yield f"{part.upper()}: {tokens:,} tokens of {report['documents'][part]:,} documents, {share:.2f} bytes a token"
+    yield f"TIME: {seconds:.1f} s, {size / 1e6 / seconds:.2f} MB/s"
+    heldout = f" grain_eval_files={out / 'heldout'}" if "heldout" in report["tokens"] else " eval_interval=-1"
+    yield f"To train on it: dataset_type=grain grain_train_files={out / 'train'}{heldout}"
+
+
+def _in_words(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts.items())) or "none"

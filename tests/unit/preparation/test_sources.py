@@ -1,0 +1,194 @@
+"""Every kind of source gives the same documents, and what is broken is counted, named and passed over."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from MaxText.input_pipeline import inputs, readers, tokenizer
+
+
+def rows_of(texts):
+    return [
+        {"content": text, "max_stars_repo_name": f"a/r{i % 3}", "max_stars_repo_path": f"p{i}.py", "licenses": ["MIT"]}
+        for i, text in enumerate(texts)
+    ]
+
+
+def write(kind, folder, texts):
+    """Write the texts as a source of this kind; returns its name."""
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows_of(texts)).encode()
+    if kind == "dir":
+        for i, text in enumerate(texts):
+            (folder / f"f{i:03d}.py").write_bytes(text.encode())
+    elif kind == "jsonl":
+        (folder / "a.jsonl").write_bytes(lines)
+    elif kind == "jsonl.gz":
+        half = len(lines.splitlines(True)) // 2
+        for name, part in (("a", lines.splitlines(True)[:half]), ("b", lines.splitlines(True)[half:])):
+            (folder / f"{name}.json.gz").write_bytes(gzip.compress(b"".join(part), mtime=0))
+    elif kind == "jsonl.zst":
+        parts = lines[:1000], lines[1000:]  # two frames, as parallel compressors write them
+        (folder / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.compress, parts)))
+    elif kind in ("parquet", "hf"):
+        table = pyarrow.Table.from_pylist(rows_of(texts))
+        pyarrow.parquet.write_table(table, folder / "train.parquet", row_group_size=5)
+    return f"{kind}:{folder}"
+
+
+KINDS = ["dir", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hf"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_the_same_documents(kind, prepare, texts, tmp_path, documents_in):
+    code, lines = prepare(source=write(kind, tmp_path / "source", texts))
+    assert code == 0, lines
+    found = documents_in(tmp_path / "out/train") + documents_in(tmp_path / "out/heldout")
+    assert sorted(found) == sorted(texts)
+    assert any(f"READ: {len(texts)} records" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["dir", "jsonl", "parquet"])
+def test_small_units_hold_every_record_once(kind, texts, tmp_path):
+    source = write(kind, tmp_path / "source", texts)
+    units = inputs.find_units(source, 30_000, print)
+    assert len(units) > 3 and [unit.number for unit in units] == list(range(len(units)))
+    units = [inputs.Unit.from_json(json.loads(json.dumps(unit.to_json()))) for unit in units]
+    records = [record for unit in units for record in readers.read(unit, "", -1)]
+    assert [record.text for record in records] == texts
+    if kind != "dir":
+        assert records[4].repository == "a/r1" and records[4].path == "p4.py" and records[4].licenses == ("MIT",)
+
+
+def test_tfds_without_tensorflow(texts, tmp_path, prepare, documents_in):
+    import sys
+
+    import tensorflow_datasets as tfds
+
+    class Files(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict({"content": tfds.features.Text()})
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((i, {"content": text}) for i, text in enumerate(texts))
+
+    builder = Files(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    assert prepare(source=f"tfds:{builder.data_path}")[0] == 0
+    found = documents_in(tmp_path / "out/train") + documents_in(tmp_path / "out/heldout")
+    assert sorted(found) == sorted(texts)
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_token_ids_are_not_tokenized_again(packed, texts, tmp_path, prepare, documents_in, tokenizer_path):
+    loaded = tokenizer.load(tokenizer_path)
+    rows = loaded.encode(texts)
+    if packed:  # a stream cut at one length; the last row may be shorter
+        stream = np.concatenate([[*row, loaded.eos_id] for row in rows])
+        rows = [stream[start : start + 700].tolist() for start in range(0, stream.size, 700)]
+        rows.pop()
+    path = tmp_path / "ids.parquet"
+    table = pyarrow.table({"input_ids": pyarrow.array(rows, pyarrow.list_(pyarrow.int32()))})
+    pyarrow.parquet.write_table(table, path, row_group_size=7)
+    assert prepare(source=f"parquet:{path}", held_out_one_in=0)[0] == 0
+    found = documents_in(tmp_path / "out/train")
+    if packed:
+        assert found[:-1] == texts[: len(found) - 1] and texts[len(found) - 1].startswith(found[-1])
+    else:
+        assert found == texts
+
+
+def test_bad_records_are_counted_and_named(texts, tmp_path, prepare):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    good = [json.dumps(row).encode() for row in rows_of(texts)]
+    bad = [b'{"content": "x', b'{"content": 3}', b"\xff\xfe", b"[1]", b'{"content": "\\ud800"}']
+    (folder / "a.jsonl").write_bytes(b"\n".join([good[0], *bad, *good[1:]]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join(good * 3))[:-40])
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(good * 3))[:-40])
+    (folder / "d.jsonl.gz").write_bytes(b"not gzip at all")
+    code, lines = prepare(source=f"jsonl:{folder}")
+    assert code == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["bad"] == {"bad_json": 2, "no_text": 1, "not_utf8": 2, "truncated_file": 3}
+    places = {place.rpartition("/")[2]: reason for place, reason, _ in report["bad_records"]}
+    assert places[f"a.jsonl:byte {len(good[0]) + 1}"] == "bad_json"
+    assert {name: places[name] for name in ("b.jsonl.gz", "c.jsonl.zst", "d.jsonl.gz")} == dict.fromkeys(
+        ("b.jsonl.gz", "c.jsonl.zst", "d.jsonl.gz"), "truncated_file"
+    )
+    assert any(line.startswith("BAD RECORDS, skipped: bad_json 2") for line in lines)
+    manifest = json.loads((tmp_path / "out/train/manifest.json").read_text())
+    assert manifest["dropped"]["truncated_file"] == 3
+
+
+def test_a_broken_parquet_file_is_named(texts, tmp_path, prepare):
+    folder = tmp_path / "source"
+    write("parquet", folder, texts)
+    whole = (folder / "train.parquet").read_bytes()
+    (folder / "truncated.parquet").write_bytes(whole[: len(whole) // 2])
+    damaged = bytearray(whole)
+    damaged[1000:3000] = bytes(2000)
+    (folder / "damaged.parquet").write_bytes(damaged)
+    assert prepare(source=f"parquet:{folder}")[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    named = {place.rpartition("/")[2] for place, reason, _ in report["bad_records"] if reason == "broken_parquet"}
+    assert named == {"truncated.parquet", "damaged.parquet"}
+    assert sum(report["documents"].values()) == len(texts)
+
+
+def test_the_first_source_there_is_is_taken_and_said(texts, tmp_path):
+    good = write("dir", tmp_path / "source", texts)
+    lines = []
+    units = inputs.find_units(f"jsonl:/nowhere/a.jsonl, parquet:{tmp_path}/empty/*.parquet,{good}", 10**9, lines.append)
+    assert units[0].kind == "dir" and len(lines) == 3
+    assert lines[0].startswith("SOURCE NOT USED: jsonl:/nowhere/a.jsonl: FileNotFoundError")
+    assert lines[1].startswith("SOURCE NOT USED: parquet:")
+    assert lines[2].startswith(f"SOURCE: {good} (number 3 of the 3 given)")
+    with pytest.raises(ValueError, match=r"no source can be read:\n  - dir:/nowhere"):
+        inputs.find_units("dir:/nowhere", 1, lines.append)
+
+
+@pytest.mark.parametrize("source", ["csv:x", "dir", "x"])
+def test_an_unknown_kind_of_source(source):
+    with pytest.raises(ValueError, match=rf"source={source}: must be one of hf, parquet, jsonl"):
+        inputs.split_chain(source)
+
+
+def test_the_hub_is_asked_once_and_quickly(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = []
+    with pytest.raises(ValueError, match="the hub cannot be asked"):
+        inputs.find_units("hf:bigcode/the-stack/data/python,hf:codeparrot/codeparrot-clean", 10**9, lines.append)
+    assert len(lines) == 2
+
+
+def test_names_of_hub_data_sets(tmp_path):
+    from MaxText.input_pipeline import hub
+
+    assert hub.split_place("bigcode/the-stack/data/python@v1.2") == ("bigcode/the-stack", "data/python", "v1.2")
+    assert hub.split_place("codeparrot/codeparrot-clean") == ("codeparrot/codeparrot-clean", None, None)
+    assert hub.split_place(str(tmp_path)) == (str(tmp_path), None, None)
+
+
+def test_files_are_read_through_one_library(texts):
+    """memory:// stands for gs://: a place that is not on the disk."""
+    import fsspec
+
+    lines = [json.dumps(row) for row in rows_of(texts)]
+    with fsspec.open("memory://bucket/a.jsonl", "w") as file:
+        file.write("\n".join(lines))
+    units = inputs.find_units("jsonl:memory://bucket", 10**9, print)
+    assert [record.text for record in readers.read(units[0], "", -1)] == texts
