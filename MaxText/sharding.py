@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -68,13 +69,20 @@ def mesh_shape(sizes: Sequence[int], num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: Sequence[int], devices: Sequence[jax.Device]) -> Mesh:
-    """The device mesh data x fsdp x tensor; a size of -1 takes the devices that are left.
+    """The device mesh data x fsdp x tensor; a size of -1 takes the devices that are left. Slices lie along data.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or slices do not divide those along data.
     """
-    shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    if shape[0] % slices:
+        raise ValueError(f"{slices} slices are joined along data, but ici_data_parallelism={shape[0]} is no multiple")
+    inside = (shape[0] // slices, *shape[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def partition_spec(

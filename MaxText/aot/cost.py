@@ -1,8 +1,8 @@
 """What a compiled step costs, by the compiler's own cycle estimates and the bytes each operation moves. An estimate.
 
 Two accounts. `plain_cycles` is the sum of the compiler's estimated cycles over all executed operations; it knows no
-Pallas kernel and is three to five times too high for elementwise work. The second account takes those cycles for
-matrix products only, and for everything else the bytes it moves through HBM at the published bandwidth.
+Pallas kernel and is three to five times too high for elementwise work. The second takes those cycles for matrix
+products only, the simulator's for our kernels, and for all else the bytes through HBM at the published bandwidth.
 """
 
 import dataclasses
@@ -11,8 +11,10 @@ import re
 from collections import defaultdict
 
 from MaxText.aot.hlo import Instruction, Module
+from MaxText.kernels import flash_blocks
 
 CYCLES_PER_SECOND = {"v5e": 1.5e9, "v6e": 1.75e9}  # the clock of the compiler's own schedules
+DEVICE_KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # as JAX calls them
 ICI_BYTES_PER_SECOND = {"v5e": 200e9, "v6e": 448e9}  # of a chip, all links; Google Cloud TPU v5e and v6e architecture
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
@@ -39,6 +41,8 @@ class Cost:
     hbm_bytes: int
     pallas_calls: dict[str, int]  # kernel -> executions
     pallas_bytes: int
+    pallas_seconds: float  # of a kernel in pallas_unknown, what its bytes take
+    pallas_unknown: tuple[str, ...]  # kernels whose cycles are not known
     collectives: dict[tuple[str, str], Collective]  # (kind, mesh axes)
 
     @property
@@ -60,7 +64,8 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
     kernels: dict[str, int] = defaultdict(int)
     collectives: dict[tuple[str, str], Collective] = defaultdict(Collective)
     started: dict[str, float] = {}  # an asynchronous operation -> the compute time at which it started
-    elapsed = 0.0
+    unknown: set[str] = set()
+    elapsed = pallas_seconds = 0.0
     for instruction, times in module.scheduled():
         plain += instruction.estimated_cycles * times
         opcode = instruction.opcode
@@ -85,8 +90,15 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
             hidden_bytes += sum(shape.bytes for shape in instruction.shapes) * times
         elif opcode == "custom-call":
             if "tpu_custom_call" in instruction.attributes:
-                kernels[_kernel_name(instruction)] += times
-                pallas_bytes += _bytes(module, instruction) * times
+                name, moved = _kernel_name(instruction), _bytes(module, instruction)
+                cycles = kernel_cycles(module, instruction, family)
+                seconds = max(moved / hbm_bandwidth, (cycles or 0) / clock)
+                if cycles is None:
+                    unknown.add(name)
+                kernels[name] += times
+                pallas_bytes += moved * times
+                pallas_seconds += seconds * times
+                elapsed += seconds
         elif _is_matmul(module, instruction):
             matmul_cycles += instruction.estimated_cycles * times
             elapsed += instruction.estimated_cycles / clock
@@ -101,8 +113,24 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
         memory_bytes + hidden_bytes + pallas_bytes,
         dict(kernels),
         pallas_bytes,
+        pallas_seconds,
+        tuple(sorted(unknown)),
         dict(collectives),
     )
+
+
+def kernel_cycles(module: Module, instruction: Instruction, family: str) -> float | None:
+    """The simulator's estimate for a call of our flash kernels; None for another kernel or a shape not simulated."""
+    kernel = re.search(r"flash_\d_(forward|backward)", f"{instruction.name} {instruction.attributes}")
+    if kernel is None:
+        return None
+    arrays = [module.instructions[name].shapes[0] for name in instruction.operands]
+    batch, heads, maps, length, head_dim = arrays[0].dims
+    value = arrays[sum(len(array.dims) == 5 for array in arrays) + maps - 1]
+    dtype = {"bf16": "bfloat16", "f32": "float32"}[arrays[0].dtype]
+    shape = (DEVICE_KINDS[family], dtype, maps, head_dim, value.dims[-1])
+    cycles = flash_blocks.cycles(kernel[1], shape, length)
+    return None if cycles is None else cycles * batch * heads
 
 
 def _is_matmul(module: Module, instruction: Instruction) -> bool:
