@@ -20,8 +20,8 @@ CHIPS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 # maps, keys for them, head dim, value width: validate_10m, standard heads, differential attention V1 and V2.
 SHAPES = ((1, 1, 64, 64), (1, 1, 128, 128), (2, 2, 128, 256), (2, 1, 128, 128))
 CANDIDATES = {
-    512: ((256, 256, 256), (512, 512, 128), (512, 512, 256), (512, 512, 512)),
-    2048: ((512, 512, 256), (1024, 512, 256), (1024, 512, 512), (1024, 1024, 512), (2048, 512, 256)),
+    512: ((512, 512, 128), (512, 512, 256), (512, 512, 512)),
+    2048: ((512, 512, 256), (1024, 512, 256), (1024, 1024, 512)),
 }
 _HEADS = 2  # query heads of the measured program, which share a key/value head
 
@@ -86,9 +86,8 @@ def best_of(family: str, shape: tuple[int, int, int, int], length: int) -> dict[
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not found:
         raise RuntimeError(f"{family} {shape} {length}: {done.stderr[-2000:]}")
-    maps, _, head_dim, width = shape
-    row: dict[str, object] = {"chip": CHIPS[family], "dtype": "bfloat16", "maps": maps, "head_dim": head_dim}
-    row |= {"width": width, "length": length}
+    row: dict[str, object] = {"chip": CHIPS[family], "dtype": "bfloat16"}
+    row |= dict(zip(("maps", "keys", "head_dim", "width"), shape, strict=True)) | {"length": length}
     for which in ("forward", "backward"):
         for one in found:
             print(family, shape, length, one["blocks"], which, one[which], flush=True)

@@ -15,7 +15,10 @@ def project(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) 
     Args:
         equation: two operands, such as "btd,df->btf"; the last axes of x contract with the first of the weight.
     """
-    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    if weight.dtype != x.dtype:
+        # In a loop over layers: cast a layer's weights there, and not all of them before it, a copy of the whole model.
+        weight = jax.lax.optimization_barrier(weight).astype(x.dtype)
+    return jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _forward(equation, x, weight):

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from MaxText.aot import cost, hlo, topologies
+from MaxText.kernels import flash, flash_blocks
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -111,3 +112,30 @@ def test_topologies_by_name(name, chips, single):
 def test_unknown_topologies_are_named_with_what_is_known(name):
     with pytest.raises(ValueError, match=f"compile_topology='{name}' is not known; known are v5e-N"):
         topologies.parse(name)
+
+
+FLASH = """\
+ENTRY %main (q: bf16[2,6,2,4096,128]) -> bf16[2,6,4096,256] {
+  %q = bf16[2,6,2,4096,128]{4,3,2,1,0} parameter(0)
+  %k = bf16[2,2,2,4096,128]{4,3,2,1,0} parameter(1)
+  %weight = f32[2,6,1,4096]{3,2,1,0} parameter(2)
+  %v = bf16[2,2,4096,256]{3,2,1,0} parameter(3)
+  %s = s32[2,1,4096]{2,1,0} parameter(4)
+  ROOT %jvp_flash_2_forward_.1 = bf16[2,6,4096,256]{3,2,1,0} custom-call(%q, %q, %k, %k, %weight, %v, %s, %s), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_our_kernels_take_the_simulators_cycles(monkeypatch):
+    blocks = flash.Blocks(512, 512, 256)
+    row = {"forward": (blocks, 7000), "backward": (blocks, 1)}
+    monkeypatch.setattr(flash_blocks, "TABLE", {("TPU v5 lite", "bfloat16", 2, 128, 256): {2048: row}})
+    module = hlo.parse(FLASH)
+    cycles = 7000 * 2**2 * 2 * 6  # twice the length, two rows of the batch, six heads
+    assert cost.kernel_cycles(module, module.instructions["jvp_flash_2_forward_.1"], "v5e") == cycles
+    # On v5e the cycles are the longer, on v6e, which the table does not have, the bytes.
+    for family, seconds, unknown in (("v5e", cycles / 1.5e9, 0), ("v6e", None, 1)):
+        spent = cost.account(module, family, 1e15, {"data": 1})
+        assert len(spent.pallas_unknown) == unknown
+        assert spent.pallas_seconds == pytest.approx(seconds or spent.pallas_bytes / 1e15)

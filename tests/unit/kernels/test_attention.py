@@ -1,5 +1,7 @@
 """The attention entry point against a loop over positions in float64; differential attention, the difference of two."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,3 +197,14 @@ def test_blocks_divide_the_padded_length(length):
         assert -length % blocks.query <= max(length // 8, 127)
     longest, other = sorted((plan.forward.query, plan.backward.query), reverse=True)
     assert not longest % other
+
+
+@pytest.mark.parametrize(
+    "row", json.loads(flash_blocks.PATH.read_text()), ids=lambda row: " ".join(map(str, row.values()))
+)
+def test_the_table_stays_within_the_vmem_that_is_asked_for(row):
+    """What the compiler used for these blocks, beside the bound that the kernels are given."""
+    for which in ("forward", "backward"):
+        blocks = flash.Blocks(*row[which]["blocks"])
+        shape = (row["length"], row["maps"], row["keys"], row["head_dim"], row["width"], 2)
+        assert row[which]["vmem"] <= flash_blocks.vmem_bytes(blocks, *shape) <= 100 * 2**20
