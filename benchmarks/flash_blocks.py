@@ -1,7 +1,8 @@
 """Chooses the flash kernels' blocks by the compiler's static schedule: python benchmarks/flash_blocks.py [--write].
 
-Needs the TPU compiler (bash setup.sh --tpu-compiler) and no TPU; about ten minutes on one core. Every figure is an
-estimate of the compiler's simulator. Each shape is a process of its own: the compiler aborts on what it cannot do.
+Needs the TPU compiler (bash setup.sh --tpu-compiler) and no TPU; about fifteen minutes on one core. Every figure is an
+estimate of the compiler's simulator. Each shape is a process of its own: the compiler aborts on what it cannot do. The
+simulator of libtpu 0.0.42.1 takes ten gigabytes and more for two maps on v6e; TPU_LIBRARY_PATH names a newer libtpu.so.
 """
 
 import argparse
@@ -21,7 +22,7 @@ CHIPS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 SHAPES = ((1, 1, 64, 64), (1, 1, 128, 128), (2, 2, 128, 256), (2, 1, 128, 128))
 CANDIDATES = {
     512: ((512, 512, 128), (512, 512, 256), (512, 512, 512)),
-    2048: ((512, 512, 256), (1024, 512, 256), (1024, 1024, 512)),
+    2048: ((512, 512, 256), (1024, 512, 256), (1024, 512, 512)),
 }
 _HEADS = 2  # query heads of the measured program, which share a key/value head
 
@@ -96,23 +97,34 @@ def best_of(family: str, shape: tuple[int, int, int, int], length: int) -> dict[
     return row
 
 
+def _key(row: dict[str, object]) -> str:
+    return json.dumps([row[name] for name in ("chip", "dtype", "maps", "keys", "head_dim", "width", "length")])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write MaxText/kernels/flash_blocks.json")
+    parser.add_argument("--write", action="store_true", help="write each row into MaxText/kernels/flash_blocks.json")
     parser.add_argument("--measure", nargs=3, metavar=("FAMILY", "SHAPE", "LENGTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--family", action="append", choices=CHIPS, help="only this one")
+    parser.add_argument("--shape", action="append", type=json.loads, help="only this one, such as [1,1,128,128]")
     arguments = parser.parse_args()
     from MaxText.aot import topologies
+    from MaxText.kernels import flash_blocks
 
     topologies.prepare_environment(os.environ)
     if arguments.measure:
         family, shape, length = arguments.measure
         measure(family, tuple(json.loads(shape)), int(length))
         return 0
-    rows = [best_of(family, shape, length) for family in CHIPS for shape in SHAPES for length in CANDIDATES]
-    text = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n"
-    if arguments.write:
-        (ROOT / "MaxText" / "kernels" / "flash_blocks.json").write_text(text)
-    print(text)
+    table = {_key(row): row for row in json.loads(flash_blocks.PATH.read_text())}
+    for family in arguments.family or CHIPS:
+        for shape in arguments.shape or SHAPES:
+            for length in CANDIDATES:
+                row = best_of(family, tuple(shape), length)
+                table[_key(row)] = row
+                if arguments.write:
+                    lines = ",\n".join(f" {json.dumps(row)}" for _, row in sorted(table.items()))
+                    flash_blocks.PATH.write_text(f"[\n{lines}\n]\n")
     return 0
 
 

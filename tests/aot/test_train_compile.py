@@ -38,3 +38,14 @@ def test_a_config_that_cannot_be_is_refused_in_words(tmp_path):
     done = subprocess.run([*command, "compile_topology=v9-8"], cwd=support.ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: compile_topology='v9-8' is not known")
+
+
+def test_two_slices_are_one_mesh(tmp_path):
+    small = ["base_num_decoder_layers=1", "vocab_size=1024", "num_vocab_tiling=1", "compile_topology=v5e-8"]
+    slices = ["compile_topology_num_slices=2", "ici_data_parallelism=2", "ici_fsdp_parallelism=8"]
+    command = [sys.executable, "MaxText/train_compile.py", "configs/validate_10m.yml", *small, *slices]
+    done = subprocess.run(
+        [*command, f"base_output_directory={tmp_path}"], cwd=support.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "16 devices, mesh data=2 x fsdp=8 x tensor=1" in done.stdout

@@ -1,5 +1,7 @@
 """Every way a sharding can be wrong is an error that names the array."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -48,3 +50,9 @@ def test_mesh_sizes():
         sharding.mesh_shape((1, 3, 1), 8)
     with pytest.raises(ValueError, match="there are 8"):
         sharding.mesh_shape((-1, 3, 1), 8)
+
+
+def test_slices_that_do_not_lie_along_data_are_refused_in_words():
+    devices = [types.SimpleNamespace(slice_index=index // 4) for index in range(8)]
+    with pytest.raises(ValueError, match="2 slices are joined along data, but ici_data_parallelism=1 is no multiple"):
+        sharding.make_mesh((1, 8, 1), devices)
