@@ -1,4 +1,4 @@
-"""What the TPU compiler made of each config the last time someone looked: python -m tests.aot.goldens rewrites it.
+"""What the TPU compiler made of each config when someone last looked: python -m tests.aot.goldens [CASE] rewrites it.
 
 In `goldens.txt`, one paragraph for each config and topology; the test compares them and shows the difference.
 """
@@ -61,12 +61,12 @@ def difference(old: list[str], new: list[str]) -> str:
 
 
 def main() -> None:
-    old, paragraphs = recorded(), []
-    for case in CASES:
+    paragraphs = recorded()
+    for case in sys.argv[1:] or CASES:
         new = facts(case, compiled(case))
-        paragraphs.append("\n".join(new))
-        print(difference(old.get(case, []), new) or f"{case}: as recorded", flush=True)
-    PATH.write_text("\n\n".join(paragraphs) + "\n")
+        print(difference(paragraphs.get(case, []), new) or f"{case}: as recorded", flush=True)
+        paragraphs[case] = new
+        PATH.write_text("\n\n".join("\n".join(paragraphs[name]) for name in CASES if name in paragraphs) + "\n")
 
 
 if __name__ == "__main__":
