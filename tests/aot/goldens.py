@@ -41,12 +41,21 @@ def facts(case: str, found: dict[str, Any]) -> list[str]:
     """The lines of one paragraph: what a change of sharding, memory or kernels would alter."""
     memory = found["memory"]
     lines = [
-        f"{case}: {'fits' if memory['fits'] else 'does not fit'}, {memory['peak'] / 2**30:.1f} GiB at the peak",
-        *(f"  {c['count']} x {c['kind']} over {c['axes']}, {c['bytes'] / 2**30:.1f} GiB" for c in found["collectives"]),
+        f"{case}: {'fits' if memory['fits'] else 'does not fit'}, {_size(memory['peak'])} at the peak",
+        *(f"  {c['count']} x {c['kind']} over {c['axes']}, {_size(c['bytes'])}" for c in found["collectives"]),
         *(f"  {times} x {kernel}" for kernel, times in sorted(found["pallas_calls"].items())),
     ]
-    arrays = [f"{b['array']} from {b['source'].rsplit(':', 1)[0]}" for b in memory["largest"]]
-    return [*lines, *(f"  large: {array}" for array in sorted(arrays))]
+    return [*lines, *sorted(f"  large: {b['array']} from {_place(b['source'])}" for b in memory["largest"])]
+
+
+def _size(size: int) -> str:
+    """To two digits, so that a golden does not change with every edit."""
+    return f"{size / 2**30:.2g} GiB"
+
+
+def _place(source: str) -> str:
+    """The file, or the array of the state; what the compiler added itself has names that mean nothing."""
+    return source.rsplit(":", 1)[0] if ".py:" in source or source.startswith("state.") else "the compiler"
 
 
 def recorded() -> dict[str, list[str]]:
