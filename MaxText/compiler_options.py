@@ -1,7 +1,7 @@
 """The XLA options that each generation of TPU is compiled with: one table, each entry with its effect.
 
-They are passed with the program (`compiler_options`), not through the environment, so that what is compiled is what the
-config and this file say.
+The training step carries them (`jax.jit(..., compiler_options=...)`), so that what runs and what is compiled for a TPU
+that is not there are one program, whatever the environment says.
 """
 
 # family -> option -> (value, effect)
@@ -9,5 +9,5 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {"v5e": {}, "v6e": {}}
 
 
 def options(family: str | None) -> dict[str, str]:
-    """What to pass to `jax.stages.Lowered.compile`; nothing for a platform that the table does not know."""
+    """What to pass to `jax.jit`; nothing for a platform that the table does not know."""
     return {name: value for name, (value, _) in TABLE.get(family or "", {}).items()}

@@ -40,7 +40,8 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         base_num_query_heads base_num_kv_heads head_dim base_mlp_dim vocab_size rope_max_timescale num_vocab_tiling
         rope_factor original_max_position_embeddings beta_fast
         embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
-        grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row""",
+        grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row
+        compile_topology_num_slices""",
     ),
     (
         "at least 0",

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     from MaxText.aot import compile as aot_compile
 
     try:
-        return aot_compile.run(command.config, print)
+        return aot_compile.run(command.config, argv, print)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from MaxText import loss, models, optimizers, sharding, spikes, train_state
+from MaxText import compiler_options, hardware, loss, models, optimizers, sharding, spikes, train_state
 from MaxText.input_pipeline import packing
 from MaxText.layers import dropout
 from MaxText.loss import Batch
@@ -87,6 +87,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, window), metrics
 
+    chip = hardware.find_chip(mesh.devices.flat[0].device_kind)
     places = train_state.shardings(abstract)
     batch_places = dict.fromkeys(packing.KEYS, sharding.batch_sharding(mesh))
     return jax.jit(
@@ -94,6 +95,7 @@ def make_train_step(
         in_shardings=(places, batch_places),
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options.options(chip.name if chip else None) or None,
     )
 
 

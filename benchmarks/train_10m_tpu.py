@@ -38,7 +38,7 @@ def main() -> None:
     from MaxText.aot import cost, hlo
 
     topology = topologies.parse(arguments.topology)
-    mesh = Mesh(np.array(topologies.devices(topology)), ("data",))
+    mesh = Mesh(np.array(topologies.devices(topology, num_slices=1)), ("data",))
     train_10m.sharding = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     config = train_10m.CONFIG
     rows = config.batch_size_per_device * mesh.size

@@ -1,8 +1,9 @@
 """Compiles the step that training runs, for a TPU topology, and reports what the compiler made of it."""
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import jax
 from jax.experimental import serialize_executable
 from ml_collections import FrozenConfigDict
 
-from MaxText import compiler_options
-from MaxText.aot import report, topologies
+from MaxText.aot import report, sweep, topologies
 from MaxText.job import Job, lower, make_job
 
 
@@ -22,18 +22,23 @@ def compile_step(config: FrozenConfigDict) -> tuple[Job, jax.stages.Compiled, di
         ValueError: an unknown topology, a config that does not fit it, or no compiler.
         jax.errors.JaxRuntimeError: the compiler refuses, for want of memory as a rule.
     """
-    if not config.compile_topology:
-        raise ValueError("compile_topology is not given; such as compile_topology=v5e-8 or v6e-1")
-    topology = topologies.parse(config.compile_topology)
-    job, _ = make_job(config, topologies.devices(topology)).settled(num_windows=None)
+    topology = _topology(config)
+    devices = topologies.devices(topology, config.compile_topology_num_slices)
+    job, _ = make_job(config, devices).settled(num_windows=None)
     lowered = lower(job)
     begin = time.perf_counter()
-    compiled = lowered.compile(compiler_options={**compiler_options.options(topology.family)})
+    compiled = lowered.compile()
     return job, compiled, report.report(job, topology, compiled, time.perf_counter() - begin)
 
 
-def run(config: FrozenConfigDict, emit: Callable[[str], None]) -> int:
-    """Compiles, prints the report in words, and writes it as JSON; the exit code says whether the step fits."""
+def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str], None]) -> int:
+    """Compiles, prints the report in words, and writes it as JSON; the exit code says whether the step fits.
+
+    Args:
+        arguments: the command line that gave the config; a sweep repeats it.
+    """
+    if config.sweep:
+        return _sweep(config, arguments, emit)
     job, compiled, found = compile_step(config)
     for line in report.describe(found):
         emit(line)
@@ -47,3 +52,18 @@ def run(config: FrozenConfigDict, emit: Callable[[str], None]) -> int:
         saved.write_bytes(payload)
         emit(f"Executable: {saved} ({len(payload) / 2**20:.1f} MiB)")
     return 0 if found["memory"]["fits"] else 1
+
+
+def _topology(config: FrozenConfigDict) -> topologies.Topology:
+    if not config.compile_topology:
+        raise ValueError("compile_topology is not given; such as compile_topology=v5e-8 or v6e-1")
+    return topologies.parse(config.compile_topology)
+
+
+def _sweep(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str], None]) -> int:
+    devices = _topology(config).chips * config.compile_topology_num_slices
+    values = config.to_dict()
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    directory = Path(config.base_output_directory).expanduser() / config.run_name
+    folder = directory / "compile" / f"sweep-{config.compile_topology}-{digest}"
+    return sweep.run(config, arguments, folder, devices, emit)

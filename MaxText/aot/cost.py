@@ -1,8 +1,8 @@
 """What a compiled step costs, by the compiler's own cycle estimates and the bytes each operation moves. An estimate.
 
 Two accounts. `plain_cycles` is the sum of the compiler's estimated cycles over all executed operations; it knows no
-Pallas kernel and is three to five times too high for elementwise work. The second account takes those cycles for
-matrix products only, and for everything else the bytes it moves through HBM at the published bandwidth.
+Pallas kernel and is three to five times too high for elementwise work. The second takes those cycles for matrix
+products only, the simulator's for our kernels, and for all else the bytes through HBM at the published bandwidth.
 """
 
 import dataclasses
@@ -10,9 +10,11 @@ import math
 import re
 from collections import defaultdict
 
-from MaxText.aot.hlo import Instruction, Module
+from MaxText.aot.hlo import Instruction, Module, Shape
+from MaxText.kernels import flash_blocks
 
 CYCLES_PER_SECOND = {"v5e": 1.5e9, "v6e": 1.75e9}  # the clock of the compiler's own schedules
+DEVICE_KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # as JAX calls them
 ICI_BYTES_PER_SECOND = {"v5e": 200e9, "v6e": 448e9}  # of a chip, all links; Google Cloud TPU v5e and v6e architecture
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
@@ -39,6 +41,8 @@ class Cost:
     hbm_bytes: int
     pallas_calls: dict[str, int]  # kernel -> executions
     pallas_bytes: int
+    pallas_seconds: float  # of a kernel in pallas_unknown, what its bytes take
+    pallas_unknown: tuple[str, ...]  # kernels whose cycles are not known
     collectives: dict[tuple[str, str], Collective]  # (kind, mesh axes)
 
     @property
@@ -60,23 +64,24 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
     kernels: dict[str, int] = defaultdict(int)
     collectives: dict[tuple[str, str], Collective] = defaultdict(Collective)
     started: dict[str, float] = {}  # an asynchronous operation -> the compute time at which it started
-    elapsed = 0.0
+    unknown: set[str] = set()
+    elapsed = pallas_seconds = 0.0
     for instruction, times in module.scheduled():
         plain += instruction.estimated_cycles * times
         opcode = instruction.opcode
         if opcode in _FREE:
             continue
-        kind = _collective(module, instruction)
+        found = _collective(module, instruction)
         if opcode.endswith("-start"):
             started[instruction.name] = elapsed
-        elif kind is not None:
-            moved = sum(shape.bytes for shape in instruction.shapes)
-            groups = _groups(_start(module, instruction), axes)
-            seconds = moved * _traffic(kind, groups[1]) / ICI_BYTES_PER_SECOND[family]
-            hidden = 0.0
-            if opcode.endswith("-done"):
-                hidden = elapsed - started.get(instruction.operands[0], elapsed)
-            total = collectives[kind, groups[0]]
+        elif found is not None and found.phase == "start":
+            started[found.chain] = elapsed
+        elif found is not None and found.phase != "middle":
+            axes_of_group, members = _groups(found.instruction, axes)
+            moved = sum(shape.bytes for shape in found.shapes)
+            seconds = moved * _traffic(found.kind, members) / ICI_BYTES_PER_SECOND[family]
+            hidden = elapsed - started.get(found.chain, elapsed)
+            total = collectives[found.kind, axes_of_group]
             total.count += times
             total.bytes += moved * times
             total.seconds += seconds * times
@@ -85,8 +90,15 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
             hidden_bytes += sum(shape.bytes for shape in instruction.shapes) * times
         elif opcode == "custom-call":
             if "tpu_custom_call" in instruction.attributes:
-                kernels[_kernel_name(instruction)] += times
-                pallas_bytes += _bytes(module, instruction) * times
+                name, moved = _kernel_name(instruction), _bytes(module, instruction)
+                cycles = kernel_cycles(module, instruction, family)
+                seconds = max(moved / hbm_bandwidth, (cycles or 0) / clock)
+                if cycles is None:
+                    unknown.add(name)
+                kernels[name] += times
+                pallas_bytes += moved * times
+                pallas_seconds += seconds * times
+                elapsed += seconds
         elif _is_matmul(module, instruction):
             matmul_cycles += instruction.estimated_cycles * times
             elapsed += instruction.estimated_cycles / clock
@@ -101,8 +113,24 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
         memory_bytes + hidden_bytes + pallas_bytes,
         dict(kernels),
         pallas_bytes,
+        pallas_seconds,
+        tuple(sorted(unknown)),
         dict(collectives),
     )
+
+
+def kernel_cycles(module: Module, instruction: Instruction, family: str) -> float | None:
+    """The simulator's estimate for a call of our flash kernels; None for another kernel or a shape not simulated."""
+    kernel = re.search(r"flash_\d_(forward|backward)", f"{instruction.name} {instruction.attributes}")
+    if kernel is None:
+        return None
+    arrays = [module.instructions[name].shapes[0] for name in instruction.operands]
+    batch, heads, maps, length, head_dim = arrays[0].dims
+    value = arrays[sum(len(array.dims) == 5 for array in arrays) + maps - 1]
+    dtype = {"bf16": "bfloat16", "f32": "float32"}[arrays[0].dtype]
+    shape = (DEVICE_KINDS[family], dtype, maps, head_dim, value.dims[-1])
+    cycles = flash_blocks.cycles(kernel[1], shape, length)
+    return None if cycles is None else cycles * batch * heads
 
 
 def _is_matmul(module: Module, instruction: Instruction) -> bool:
@@ -146,23 +174,45 @@ def _bytes(module: Module, instruction: Instruction) -> int:
     return total
 
 
-def _collective(module: Module, instruction: Instruction) -> str | None:
-    """The kind of a collective that ends here; None for anything else."""
-    start = _start(module, instruction)
-    for kind in _COLLECTIVES:
-        if start.opcode in (kind, f"{kind}-start"):
-            return kind
-    if start.opcode in ("fusion", "async-start") and (called := start.called("calls")):
-        for inner in module.computations[called[0]]:
-            if inner.opcode in _COLLECTIVES:
-                return inner.opcode
-    return None
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A collective that an instruction is, ends, or carries on."""
+
+    kind: str
+    phase: str  # start, middle: beside a matrix product, done, or whole
+    chain: str  # what its start and its end have in common
+    instruction: Instruction  # with the groups
+    shapes: tuple[Shape, ...]  # of the result
 
 
-def _start(module: Module, instruction: Instruction) -> Instruction:
+def _collective(module: Module, instruction: Instruction) -> _Found | None:
+    """The collective in an instruction; None where there is none.
+
+    The compiler writes them in three ways: by themselves, as a pair of -start and -done, and as a chain of fusions: one
+    that starts, matrix products meanwhile, and one that ends.
+    """
+    begin = instruction
     if instruction.opcode.endswith("-done") and instruction.operands:
-        return module.instructions[instruction.operands[0]]
-    return instruction
+        begin = module.instructions[instruction.operands[0]]
+    for kind in _COLLECTIVES:
+        if begin.opcode in (kind, f"{kind}-start"):
+            return _Found(kind, "done", begin.name, begin, instruction.shapes)
+    called = begin.called("calls") if begin.opcode in ("fusion", "async-start") else []
+    body = module.computations[called[0]] if called else ()
+    inner = next((i for i in body if i.opcode in _COLLECTIVES), None)
+    if inner is None:
+        return None
+    if begin is not instruction:
+        return _Found(inner.opcode, "done", begin.name, inner, instruction.shapes)
+    channel = re.search(r"channel_id=(\d+)", inner.attributes)
+    chain = f"channel {channel[1]}" if channel else inner.name
+    targets = {match[1] for i in body if (match := re.search(r'target="AsyncCollective(\w+)"', i.attributes))}
+    if targets:
+        return _Found(inner.opcode, targets.pop().lower(), chain, inner, inner.shapes)
+    if _is_matmul(module, instruction):
+        return _Found(inner.opcode, "middle", chain, inner, inner.shapes)
+    kind = "reduce-scatter" if "all-reduce-scatter" in called[0] else inner.opcode
+    return _Found(kind, "whole", begin.name, inner, instruction.shapes)
 
 
 def _groups(instruction: Instruction, axes: dict[str, int]) -> tuple[str, int]:
@@ -190,7 +240,15 @@ def _strides(sizes: list[int]) -> list[int]:
 
 
 def _replica_groups(attributes: str, devices: int) -> list[list[int]]:
-    """The groups of devices, written out as {{0,1},{2,3}} or in short as [2,4]<=[4,2]T(1,0)."""
+    """The groups of devices: {{0,1},{2,3}}, or in short [2,4]<=[4,2]T(1,0), or mesh['a'=4,'b'=2] {'a'}."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        import numpy as np
+
+        names, sizes = zip(*re.findall(r"('\w+')=(\d+)", match[1]), strict=True)
+        chosen = [names.index(name.strip()) for name in match[2].split(",")]
+        ids = np.arange(devices).reshape([int(size) for size in sizes])
+        ids = np.moveaxis(ids, chosen, range(-len(chosen), 0))
+        return ids.reshape(-1, math.prod(ids.shape[-len(chosen) :])).tolist()
     if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes):
         return [[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):

@@ -70,8 +70,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 
 
-def devices(topology: Topology) -> "list[jax.Device]":
-    """The topology's devices: good for meshes, shardings and compiling, and for nothing else.
+def devices(topology: Topology, num_slices: int) -> "list[jax.Device]":
+    """The devices of so many slices: good for meshes, shardings and compiling, and for nothing else.
 
     Raises:
         ValueError: the TPU compiler is not installed.
@@ -82,7 +82,7 @@ def devices(topology: Topology) -> "list[jax.Device]":
         raise ValueError("the TPU compiler is not installed; bash setup.sh --tpu-compiler installs it")
     assert os.environ.get("TPU_SKIP_MDS_QUERY"), "prepare_environment was not called"
     rows, columns = GRIDS[topology.chips]
-    options = {}
+    options: dict[str, object] = {"num_slices": num_slices} if num_slices > 1 else {}
     if topology.single_host:
         options["chips_per_host_bounds"] = (rows, columns, 1)
     name = f"{topology.family}:{rows}x{columns}"

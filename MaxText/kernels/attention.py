@@ -4,12 +4,13 @@ In and out are as in `attention_reference`; which implementation serves depends 
 """
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention_blocked import attention_blocked
-from MaxText.kernels.attention_reference import attention_reference
+from MaxText.kernels.attention_reference import RESIDUALS, attention_reference
 
-IMPLEMENTATIONS = ("dot_product", "blocked", "splash")
+IMPLEMENTATIONS = ("dot_product", "blocked", "flash", "splash")
 SPLASH_BLOCK = 512
 
 
@@ -23,7 +24,7 @@ def attention(
     batch_axes: tuple[str, ...],
     head_axis: str,
 ) -> Float[Array, "B T N W"]:
-    """Causal attention within each document of each row.
+    """Causal attention within each document of each row; what it keeps for the backward pass is named `context`.
 
     Args:
         implementation: `autoselected` or one of IMPLEMENTATIONS.
@@ -34,11 +35,16 @@ def attention(
         ValueError: no such implementation, or it cannot serve here.
     """
     name = chosen(implementation, platform(), query.shape[-1])
-    if name == "dot_product":
-        return attention_reference(query, key, value, segment_ids)
-    if name == "blocked":
-        return attention_blocked(query, key, value, segment_ids)
-    from MaxText.kernels.splash import attention_splash  # here, because importing Pallas takes a quarter of a second
+    if name in ("dot_product", "blocked"):
+        serve = attention_reference if name == "dot_product" else attention_blocked
+        return checkpoint_name(serve(query, key, value, segment_ids), RESIDUALS)
+    # Imported here, because importing Pallas takes a quarter of a second.
+    if name == "flash":
+        from MaxText.kernels.attention_flash import attention_flash
+
+        axes = {"batch_axes": batch_axes, "head_axis": head_axis}
+        return attention_flash(query, key, value, segment_ids, **axes, chip=chip(), interpret=False)
+    from MaxText.kernels.splash import attention_splash
 
     return attention_splash(
         query,
@@ -59,6 +65,12 @@ def platform() -> str:
     return "cpu" if device is None else device.platform
 
 
+def chip() -> str:
+    """What kind of devices the current mesh has, as JAX calls it; empty where there is no mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "" if device is None else device.device_kind
+
+
 def chosen(implementation: str, platform: str, head_dim: int) -> str:
     """The name of the implementation that serves on that platform.
 
@@ -72,8 +84,10 @@ def chosen(implementation: str, platform: str, head_dim: int) -> str:
         problems.append(f"it runs on TPUs, and the mesh's devices are {platform} devices")
     if head_dim % 64:
         problems.append(f"it takes heads whose width is a multiple of 64, and head_dim is {head_dim}")
-    if implementation == "splash" and problems:
-        raise ValueError(f"attention=splash cannot serve: {'; '.join(problems)}. attention=autoselected takes what can")
+    if implementation in ("flash", "splash") and problems:
+        raise ValueError(
+            f"attention={implementation} cannot serve: {'; '.join(problems)}. attention=autoselected takes what can"
+        )
     if implementation == "autoselected":
-        return "blocked" if problems else "splash"
+        return "blocked" if problems else "flash"
     return implementation

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from MaxText.kernels import logits
+from MaxText.kernels.projection import row_major
 
 # The weighted sum of nll + z-loss, and each token's nll, unweighted and in nats.
 Losses = tuple[Float[Array, ""], Float[Array, "B T"]]
@@ -138,7 +139,8 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
     unembeddings sums them: so between the products no pass over the logits is left that a TPU could not fuse.
     """
     dim, vocab_axis, soft_cap = hidden.shape[-1], options.vocab_axis, options.soft_cap
-    with_ones = jnp.concatenate([unembedding.T, jnp.ones((1, unembedding.shape[0]), unembedding.dtype)])
+    with_ones = jnp.concatenate([unembedding, jnp.ones((unembedding.shape[0], 1), unembedding.dtype)], axis=1)
+    with_ones = row_major(with_ones.T)
 
     def chunked(x):
         return x.reshape(options.num_chunks, -1, *x.shape[2:])

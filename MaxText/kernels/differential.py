@@ -1,19 +1,20 @@
 """Differential attention: the difference of two softmax attentions over the same values, one of them weighed.
 
-In: queries and keys for both maps, values of any width. Out: one context for each pair of heads, subtracted in float32.
+In: queries for both maps, keys for each or one for both, values of any width. Out: one context for each pair of heads,
+subtracted in float32. On TPUs one kernel computes both maps; elsewhere each is an attention of its own.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from MaxText.kernels.attention import attention
+from MaxText.kernels.attention import attention, chip, chosen, platform
 
 
 def differential_attention(
     query: Float[Array, "B T 2 N H"],
-    key: Float[Array, "B T 2 K H"],
+    key: Float[Array, "B T C K H"],
     value: Float[Array, "B T K W"],
-    weight: Float[Array, ""],
+    weight: Float[Array, "B T N"],
     segment_ids: Int[Array, "B T"],
     *,
     implementation: str,
@@ -23,10 +24,20 @@ def differential_attention(
     """(softmax(Q1 K1) - weight * softmax(Q2 K2)) V, causal and within each document.
 
     Args:
+        key: C = 2: one for each map; C = 1: one for both.
         weight: lambda, float32; the others are as for `attention`.
 
     Source: Ye et al. 2024, arXiv:2410.05258, equation 1.
     """
-    options = {"implementation": implementation, "batch_axes": batch_axes, "head_axis": head_axis}
-    one, other = (attention(query[:, :, i], key[:, :, i], value, segment_ids, **options) for i in (0, 1))
-    return (one.astype(jnp.float32) - weight * other.astype(jnp.float32)).astype(query.dtype)
+    axes = {"batch_axes": batch_axes, "head_axis": head_axis}
+    if chosen(implementation, platform(), query.shape[-1]) == "flash":
+        from MaxText.kernels.attention_flash import differential_flash  # here: importing Pallas takes a quarter second
+
+        return differential_flash(query, key, value, weight, segment_ids, **axes, chip=chip(), interpret=False)
+    one, other = (
+        attention(
+            query[:, :, i], key[:, :, i % key.shape[2]], value, segment_ids, implementation=implementation, **axes
+        )
+        for i in (0, 1)
+    )
+    return (one.astype(jnp.float32) - weight[..., None] * other.astype(jnp.float32)).astype(query.dtype)

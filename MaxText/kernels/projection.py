@@ -15,7 +15,10 @@ def project(equation: str, x: Float[Array, "..."], weight: Float[Array, "..."]) 
     Args:
         equation: two operands, such as "btd,df->btf"; the last axes of x contract with the first of the weight.
     """
-    return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    if weight.dtype != x.dtype:
+        # In a loop over layers: cast a layer's weights there, and not all of them before it, a copy of the whole model.
+        weight = jax.lax.optimization_barrier(weight).astype(x.dtype)
+    return jnp.einsum(equation, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _forward(equation, x, weight):
@@ -29,7 +32,7 @@ def _backward(equation, residuals, cotangent):
     d_x = project(f"{result},{right}->{left}", cotangent, weight)
     contracted = "".join(axis for axis in left if axis in right)
     rows = "".join(axis for axis in left if axis not in right)
-    transposed = _row_major(jnp.einsum(f"{left}->{contracted}{rows}", x))
+    transposed = row_major(jnp.einsum(f"{left}->{contracted}{rows}", x))
     d_weight = jnp.einsum(
         f"{contracted}{rows},{result}->{right}", transposed, cotangent, preferred_element_type=jnp.float32
     )
@@ -39,7 +42,7 @@ def _backward(equation, residuals, cotangent):
 project.defvjp(_forward, _backward)
 
 
-def _row_major(x: Array) -> Array:
+def row_major(x: Array) -> Array:
     """x, on CPU laid out as its shape says: the backend's fast products contract the left side's last axis."""
 
     def constrained(x: Array) -> Array:

@@ -12,8 +12,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-LANES = 128
-RESIDUALS = "context"  # checkpoint_name of what the backward pass needs besides q, k, v
+from MaxText.kernels.attention_reference import RESIDUALS
+from MaxText.kernels.flash import LANES
 
 
 def attention_splash(

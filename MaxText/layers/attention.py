@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array, depth: Array
     ) -> Float[Array, "B T N W"]:
         """The context: what the heads saw, before the output projection."""
-        return checkpoint_name(kernel.attention(query, key, value, segment_ids, **self.kernel_options), "context")
+        return kernel.attention(query, key, value, segment_ids, **self.kernel_options)
 
     @property
     def kernel_options(self) -> dict[str, Any]:

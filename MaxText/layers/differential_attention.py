@@ -6,10 +6,8 @@ the weights are only reshaped.
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from MaxText.kernels import attention as kernel
 from MaxText.kernels.differential import differential_attention
 from MaxText.kernels.projection import project
 from MaxText.layers import parameters
@@ -48,8 +46,8 @@ class DifferentialAttention(Attention):
         q1, k1, q2, k2 = (getattr(self, name)[...].astype(jnp.float32) for name in LAMBDA_VECTORS)
         weight = jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + initial
         wide = jnp.concatenate([value[:, :, 0], value[:, :, 1]], axis=-1)
-        context = differential_attention(query, key, wide, weight, segment_ids, **self.kernel_options)
-        context = checkpoint_name(context, "context")
+        weights = jnp.broadcast_to(weight, (*query.shape[:2], query.shape[3]))
+        context = differential_attention(query, key, wide, weights, segment_ids, **self.kernel_options)
         return ((1 - initial) * normalized(context, self.epsilon)).astype(context.dtype)
 
 
@@ -77,10 +75,8 @@ class DifferentialAttentionV2(Attention):
     def attend(
         self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array, depth: Array
     ) -> Float[Array, "B T N W"]:
-        both = kernel.attention(query, key, value, segment_ids, **self.kernel_options)
-        both = checkpoint_name(both, "context").astype(jnp.float32)
-        batch, length, heads, width = both.shape
-        pairs = both.reshape(batch, length, heads // 2, 2, width)
         weight: Array = project("btd,dn->btn", x, self.lambda_projection[...])  # pyright: ignore[reportAssignmentType]
-        weight = jax.nn.sigmoid(weight.astype(jnp.float32))[..., None]
-        return (pairs[..., 0, :] - weight * pairs[..., 1, :]).astype(query.dtype)
+        weight = jax.nn.sigmoid(weight.astype(jnp.float32))
+        batch, length, heads, width = query.shape
+        pairs = jnp.moveaxis(query.reshape(batch, length, heads // 2, 2, width), 3, 2)
+        return differential_attention(pairs, key[:, :, None], value, weight, segment_ids, **self.kernel_options)

@@ -7,6 +7,7 @@ float32: bfloat16 cannot hold position 511 exactly.
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -66,7 +67,18 @@ def rotate(
 ) -> Float[Array, "B T *N H"]:
     """x with each head rotated by its position."""
     heads = range(2, x.ndim - 1)
-    cosine, sine = jnp.expand_dims(cosine, heads), jnp.expand_dims(sine, heads)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x.dtype)
+    cosine = jnp.expand_dims(jnp.concatenate([cosine, cosine], axis=-1), heads)
+    sine = jnp.expand_dims(jnp.concatenate([-sine, sine], axis=-1), heads)
+    swapped = jax.lax.platform_dependent(x, cpu=_swapped, default=_swapped_by_product)
+    return (x.astype(jnp.float32) * cosine + swapped.astype(jnp.float32) * sine).astype(x.dtype)
+
+
+def _swapped(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """x with the two halves of its last dimension exchanged."""
+    return jnp.concatenate(jnp.split(x, 2, axis=-1)[::-1], axis=-1)
+
+
+def _swapped_by_product(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """The same, exactly, by a permutation matrix: faster on a TPU than halves of a register copied apart."""
+    permutation = jnp.asarray(np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1), x.dtype)
+    return jnp.einsum("...h,hk->...k", x, permutation, precision="highest" if x.dtype == jnp.float32 else None)

@@ -3,6 +3,7 @@
 import json
 import re
 
+from benchmarks import mfu
 from MaxText import goodput, metric_logger
 
 TRAIN = {
@@ -29,6 +30,7 @@ def test_the_train_line_is_maxtexts_byte_for_byte_up_to_the_loss():
     )
     assert re.match(existing_parser, line).groups() == ("5", "5.668", "134.909", "8671.794", "196608", "10.879")
     assert ", MFU: 41.2%" in line
+    assert mfu.COMPLETED.match(line).groups() == ("5", "5.668", "8671.794", "41.2")
 
 
 def test_the_eval_line_has_bits_per_byte_only_where_there_are_bytes():

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from MaxText.aot import cost, hlo, topologies
+from MaxText.kernels import flash, flash_blocks
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -111,3 +112,82 @@ def test_topologies_by_name(name, chips, single):
 def test_unknown_topologies_are_named_with_what_is_known(name):
     with pytest.raises(ValueError, match=f"compile_topology='{name}' is not known; known are v5e-N"):
         topologies.parse(name)
+
+
+FLASH = """\
+ENTRY %main (q: bf16[2,6,2,4096,128]) -> bf16[2,6,4096,256] {
+  %q = bf16[2,6,2,4096,128]{4,3,2,1,0} parameter(0)
+  %k = bf16[2,2,2,4096,128]{4,3,2,1,0} parameter(1)
+  %weight = f32[2,6,1,4096]{3,2,1,0} parameter(2)
+  %v = bf16[2,2,4096,256]{3,2,1,0} parameter(3)
+  %s = s32[2,1,4096]{2,1,0} parameter(4)
+  ROOT %jvp_flash_2_forward_.1 = bf16[2,6,4096,256]{3,2,1,0} custom-call(%q, %q, %k, %k, %weight, %v, %s, %s), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_our_kernels_take_the_simulators_cycles(monkeypatch):
+    blocks = flash.Blocks(512, 512, 256)
+    row = {"forward": (blocks, 7000), "backward": (blocks, 1)}
+    monkeypatch.setattr(flash_blocks, "TABLE", {("TPU v5 lite", "bfloat16", 2, 128, 256): {2048: row}})
+    module = hlo.parse(FLASH)
+    cycles = 7000 * 2**2 * 2 * 6  # twice the length, two rows of the batch, six heads
+    assert cost.kernel_cycles(module, module.instructions["jvp_flash_2_forward_.1"], "v5e") == cycles
+    # On v5e the cycles are the longer, on v6e, which the table does not have, the bytes.
+    for family, seconds, unknown in (("v5e", cycles / 1.5e9, 0), ("v6e", None, 1)):
+        spent = cost.account(module, family, 1e15, {"data": 1})
+        assert len(spent.pallas_unknown) == unknown
+        assert spent.pallas_seconds == pytest.approx(seconds or spent.pallas_bytes / 1e15)
+
+
+CHAIN = """\
+%started (w: bf16[96,4096]) -> (bf16[96,4096]) {
+  %w = bf16[96,4096]{1,0} parameter(0)
+  %gather = bf16[768,4096]{1,0} all-gather(%w), channel_id=6, replica_groups=mesh['a'=8,'b'=1] {'a'}, dimensions={0}
+  ROOT %begun = (bf16[96,4096]{1,0}) custom-call(%gather), custom_call_target="AsyncCollectiveStart"
+}
+
+%meanwhile (x: bf16[512,256], y: bf16[256,128], w.1: bf16[96,4096]) -> bf16[512,128] {
+  %x = bf16[512,256]{1,0} parameter(0)
+  %y = bf16[256,128]{1,0} parameter(1)
+  %w.1 = bf16[96,4096]{1,0} parameter(2)
+  %gather.1 = bf16[768,4096]{1,0} all-gather(%w.1), channel_id=6, replica_groups=mesh['a'=8,'b'=1] {'a'}, dimensions={0}
+  ROOT %dot = bf16[512,128]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+}
+
+%ended (w.2: bf16[96,4096]) -> bf16[768,4096] {
+  %w.2 = bf16[96,4096]{1,0} parameter(0)
+  %gather.2 = bf16[768,4096]{1,0} all-gather(%w.2), channel_id=6, replica_groups=mesh['a'=8,'b'=1] {'a'}, dimensions={0}
+  ROOT %over = bf16[768,4096]{1,0} custom-call(%w.2, %gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%all-reduce-scatter.1 (g: f32[768,64]) -> f32[96,64] {
+  %g = f32[768,64]{1,0} parameter(0)
+  %sum = f32[768,64]{1,0} all-reduce(%g), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %mine = f32[96,64]{1,0} dynamic-slice(%sum), dynamic_slice_sizes={96,64}
+}
+
+ENTRY %main (p: bf16[96,4096], q: bf16[512,256], r: bf16[256,128], s: f32[768,64]) -> bf16[768,4096] {
+  %p = bf16[96,4096]{1,0} parameter(0)
+  %q = bf16[512,256]{1,0} parameter(1)
+  %r = bf16[256,128]{1,0} parameter(2)
+  %s = f32[768,64]{1,0} parameter(3)
+  %one = (bf16[96,4096]{1,0}) fusion(%p), calls=%started
+  %two = bf16[512,128]{1,0} fusion(%q, %r, %p), calls=%meanwhile cycles 15000
+  %three = f32[96,64]{1,0} fusion(%s), calls=%all-reduce-scatter.1
+  ROOT %four = bf16[768,4096]{1,0} fusion(%p), calls=%ended
+}
+"""
+CHAIN = re.sub(r" cycles (\d+)", r', backend_config={"estimated_cycles":"\1"}', CHAIN)
+
+
+def test_a_collective_beside_a_product_is_hidden_as_long_as_the_product_takes():
+    spent = cost.account(hlo.parse(CHAIN), "v5e", 1e15, {"data": 1, "fsdp": 8, "tensor": 1})
+    assert spent.matmul_seconds == pytest.approx(15000 / 1.5e9)
+    gather = spent.collectives["all-gather", "fsdp"]
+    assert (gather.count, gather.bytes) == (1, 768 * 4096 * 2)
+    assert gather.seconds == pytest.approx(768 * 4096 * 2 * 7 / 8 / 200e9)
+    assert gather.exposed_seconds == pytest.approx(gather.seconds - 15000 / 1.5e9)
+    scatter = spent.collectives["reduce-scatter", "fsdp"]
+    assert scatter.seconds == scatter.exposed_seconds == pytest.approx(96 * 64 * 4 * 7 / 200e9)

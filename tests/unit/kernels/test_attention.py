@@ -1,12 +1,14 @@
 """The attention entry point against a loop over positions in float64; differential attention, the difference of two."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from MaxText import sharding
-from MaxText.kernels import attention, differential, splash
+from MaxText.kernels import attention, attention_flash, differential, flash, flash_blocks, splash
 from tests import support
 
 
@@ -24,6 +26,20 @@ def by_hand(query, key, value, segment_ids):
     return out
 
 
+SMALL_BLOCKS = {  # so that a few positions make several blocks
+    "test": {"forward": (flash.Blocks(256, 128, 128), 1), "backward": (flash.Blocks(128, 128, 128), 1)},
+    "test, larger": {"forward": (flash.Blocks(256, 256, 128), 1), "backward": (flash.Blocks(256, 128, 256), 1)},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    for chip, blocks in SMALL_BLOCKS.items():
+        for dtype in ("float32", "bfloat16"):
+            for maps, head_dim, width in ((1, 64, 64), (1, 64, 128), (1, 128, 128), (2, 64, 128)):
+                monkeypatch.setitem(flash_blocks.TABLE, (chip, dtype, maps, head_dim, width), {1: blocks})
+
+
 AXES = {"batch_axes": sharding.BATCH_AXES, "head_axis": sharding.HEAD_AXIS}
 
 
@@ -32,6 +48,8 @@ def serve(name, query, key, value, segment_ids):
     if name == "splash":
         options = {"soft_cap": None, "block": 128, "interpret": True}
         return splash.attention_splash(query, key, value, segment_ids, **AXES, **options)
+    if name == "flash":
+        return attention_flash.attention_flash(query, key, value, segment_ids, **AXES, chip="test", interpret=True)
     return attention.attention(query, key, value, segment_ids, implementation=name, **AXES)
 
 
@@ -58,9 +76,8 @@ def test_differential_attention_is_the_difference_of_two_maps(implementation):
     query, key, value, segment_ids = example(7, 2, jnp.float32, 8, 16)
     other_query, other_key = query[::-1], key[::-1]
     pair = (jnp.stack([query, other_query], 2), jnp.stack([key, other_key], 2))
-    got = differential.differential_attention(
-        *pair, value, jnp.float32(0.3), segment_ids, implementation=implementation, **AXES
-    )
+    weight = jnp.full(query.shape[:3], 0.3)
+    got = differential.differential_attention(*pair, value, weight, segment_ids, implementation=implementation, **AXES)
     one, other = (
         by_hand(*map(np.asarray, (q, k, value, segment_ids))) for q, k in ((query, key), (other_query, other_key))
     )
@@ -80,7 +97,7 @@ def test_what_cannot_serve_is_refused_with_all_reasons():
 
 
 def test_tpus_get_the_kernel_where_it_serves():
-    assert attention.chosen("autoselected", "tpu", 64) == "splash"
+    assert attention.chosen("autoselected", "tpu", 64) == "flash"
     assert attention.chosen("autoselected", "tpu", 40) == attention.chosen("autoselected", "cpu", 64) == "blocked"
 
 
@@ -111,15 +128,83 @@ def test_blocked_matches_the_reference(length, num_kv_heads, dtype, width):
     check_against_reference("blocked", *example(length, num_kv_heads, dtype, 8, width), dtype, support.mesh_of())
 
 
-@pytest.mark.parametrize("length", [200])
+@pytest.mark.parametrize("implementation", ["flash", "splash"])
 @pytest.mark.parametrize(("num_kv_heads", "head_dim", "value_dim"), [(1, 64, 64), (2, 64, 128), (4, 128, 128)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_splash_matches_the_reference(length, num_kv_heads, head_dim, value_dim, dtype):
-    arrays = example(length, num_kv_heads, dtype, head_dim, value_dim)
-    check_against_reference("splash", *arrays, dtype, support.mesh_of())
+def test_tpu_kernels_match_the_reference(implementation, num_kv_heads, head_dim, value_dim, dtype):
+    arrays = example(200, num_kv_heads, dtype, head_dim, value_dim)
+    check_against_reference(implementation, *arrays, dtype, support.mesh_of())
 
 
+@pytest.mark.parametrize("implementation", ["flash", "splash"])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-def test_splash_with_heads_split_over_devices(num_kv_heads):
+def test_tpu_kernels_with_heads_split_over_devices(implementation, num_kv_heads):
     arrays = example(130, num_kv_heads, jnp.float32, 64, 64)
-    check_against_reference("splash", *arrays, jnp.float32, support.mesh_of(2, 1, 4))
+    check_against_reference(implementation, *arrays, jnp.float32, support.mesh_of(2, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("chip", "length", "num_kv_heads", "num_keys", "dtype", "packed", "mesh"),
+    [
+        ("test", 384, 2, 2, jnp.float32, True, (1, 1, 1)),
+        ("test, larger", 512, 2, 1, jnp.float32, True, (1, 1, 1)),
+        ("test", 301, 1, 2, jnp.float32, True, (2, 1, 4)),
+        ("test", 1, 4, 1, jnp.float32, False, (1, 1, 1)),
+        ("test, larger", 512, 2, 2, jnp.bfloat16, False, (1, 1, 1)),
+        ("unknown", 130, 1, 1, jnp.bfloat16, True, (1, 1, 1)),
+    ],
+)
+def test_differential_flash_matches_two_references(chip, length, num_kv_heads, num_keys, dtype, packed, mesh):
+    rng = np.random.default_rng(length)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    arrays = (normal(2, length, 2, 4, 64), normal(2, length, num_keys, num_kv_heads, 64))
+    arrays += (normal(2, length, num_kv_heads, 128), jnp.asarray(rng.random((2, length, 4)), jnp.float32))
+    segment_ids = np.sort(rng.integers(0, 3, (2, length))) if packed else np.ones((2, length))
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
+    direction = jnp.asarray(rng.normal(size=(2, length, 4, 128)), jnp.float32)
+
+    def fused(*arrays):
+        return attention_flash.differential_flash(*arrays, segment_ids, **AXES, chip=chip, interpret=True)
+
+    def two_maps(*arrays):
+        options = {"implementation": "dot_product", **AXES}
+        return differential.differential_attention(*arrays, segment_ids, **options)
+
+    def value_and_gradients(attend):
+        def loss(*arrays):
+            out = attend(*arrays)
+            return jnp.sum(out.astype(jnp.float32) * direction), out
+
+        with jax.set_mesh(support.mesh_of(*mesh)):
+            (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*arrays)
+        return out, *gradients
+
+    for ours, theirs in zip(value_and_gradients(fused), value_and_gradients(two_maps), strict=True):
+        ours, theirs = (x.astype(jnp.float32) / max(1.0, float(jnp.max(jnp.abs(theirs)))) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 if dtype == jnp.float32 else 2e-2)
+
+
+def test_too_long_for_vmem_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"flash cannot serve max_target_length=100000: .* need \d+ MiB .*=splash"):
+        flash_blocks.plan("TPU v6 lite", 100_000, 2, 2, 128, 256, "bfloat16", True)
+
+
+@pytest.mark.parametrize("length", [1, 128, 300, 512, 640, 1536, 2048, 8192])
+def test_blocks_divide_the_padded_length(length):
+    plan = flash_blocks.plan("TPU v6 lite", length, 2, 2, 128, 256, "bfloat16", True)
+    for blocks in (plan.forward, plan.backward):
+        assert not blocks.query % blocks.key and not blocks.query % blocks.diagonal and not blocks.diagonal % 128
+        assert -length % blocks.query <= max(length // 8, 127)
+    longest, other = sorted((plan.forward.query, plan.backward.query), reverse=True)
+    assert not longest % other
+
+
+@pytest.mark.parametrize(
+    "row", json.loads(flash_blocks.PATH.read_text()), ids=lambda row: " ".join(map(str, row.values()))
+)
+def test_the_table_stays_within_the_vmem_that_is_asked_for(row):
+    """What the compiler used for these blocks, beside the bound that the kernels are given."""
+    for which in ("forward", "backward"):
+        blocks = flash.Blocks(*row[which]["blocks"])
+        shape = (row["length"], row["maps"], row["keys"], row["head_dim"], row["width"], 2)
+        assert row[which]["vmem"] <= flash_blocks.vmem_bytes(blocks, *shape) <= 100 * 2**20

@@ -1,0 +1,82 @@
+"""What the TPU compiler made of each config when someone last looked: python -m tests.aot.goldens [CASE] rewrites it.
+
+In `goldens.txt`, one paragraph for each config and topology; the test compares them and shows the difference.
+"""
+
+import difflib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests import support
+
+PATH = Path(__file__).with_name("goldens.txt")
+FSDP = ("ici_data_parallelism=1", "ici_fsdp_parallelism=8", "per_device_batch_size=4", "gradient_accumulation_steps=2")
+CASES: dict[str, tuple[str, ...]] = {
+    "validate_10m on v5e-8": ("configs/validate_10m.yml", "compile_topology=v5e-8"),
+    "pythonlm_1b on v6e-1": ("configs/pythonlm_1b.yml", "compile_topology=v6e-1"),
+    "pythonlm_1b on v5e-8": ("configs/pythonlm_1b.yml", "compile_topology=v5e-8", *FSDP),
+}
+
+
+def compiled(case: str) -> dict[str, Any]:
+    """The report of train_compile.py, which runs as a process of its own.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "MaxText/train_compile.py", *CASES[case], f"base_output_directory={folder}"]
+        done = subprocess.run(command, cwd=support.ROOT, capture_output=True, text=True)
+        reports = list(Path(folder).glob("*/compile/*.json"))
+        if not reports:
+            raise RuntimeError(f"{case}: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        return json.loads(reports[0].read_text())
+
+
+def facts(case: str, found: dict[str, Any]) -> list[str]:
+    """The lines of one paragraph: what a change of sharding, memory or kernels would alter."""
+    memory = found["memory"]
+    lines = [
+        f"{case}: {'fits' if memory['fits'] else 'does not fit'}, {_size(memory['peak'])} at the peak",
+        *(f"  {c['count']} x {c['kind']} over {c['axes']}, {_size(c['bytes'])}" for c in found["collectives"]),
+        *(f"  {times} x {kernel}" for kernel, times in sorted(found["pallas_calls"].items())),
+    ]
+    return [*lines, *sorted(f"  large: {b['array']} from {_place(b['source'])}" for b in memory["largest"])]
+
+
+def _size(size: int) -> str:
+    """To two digits, so that a golden does not change with every edit."""
+    return f"{size / 2**30:.2g} GiB"
+
+
+def _place(source: str) -> str:
+    """The file, or the array of the state; what the compiler added itself has names that mean nothing."""
+    return source.rsplit(":", 1)[0] if ".py:" in source or source.startswith("state.") else "the compiler"
+
+
+def recorded() -> dict[str, list[str]]:
+    """The paragraphs of the file, by case."""
+    paragraphs = [block.splitlines() for block in PATH.read_text().split("\n\n")] if PATH.exists() else []
+    return {lines[0].partition(":")[0]: lines for lines in paragraphs if lines}
+
+
+def difference(old: list[str], new: list[str]) -> str:
+    """What was and what is, in lines."""
+    return "\n".join(difflib.unified_diff(old, new, "recorded", "now", lineterm="", n=99))
+
+
+def main() -> None:
+    paragraphs = recorded()
+    for case in sys.argv[1:] or CASES:
+        new = facts(case, compiled(case))
+        print(difference(paragraphs.get(case, []), new) or f"{case}: as recorded", flush=True)
+        paragraphs[case] = new
+        PATH.write_text("\n\n".join("\n".join(paragraphs[name]) for name in CASES if name in paragraphs) + "\n")
+
+
+if __name__ == "__main__":
+    main()
