@@ -114,7 +114,7 @@ def run_seconds(directory: Path, now: float) -> dict[str, float]:
     """
     launches = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     launches.sort(key=lambda launch: launch["started"])
-    total = dict.fromkeys((*ACTIVITIES, "lost work", "not running"), 0.0)
+    total: dict[str, float] = dict.fromkeys((*ACTIVITIES, "lost work", "not running"), 0.0)
     kept = math.inf  # the steps after it were taken again by a later launch
     for launch in reversed(launches):
         for activity, spent in launch["seconds"].items():

@@ -82,7 +82,7 @@ def make_train_step(
             "learning/raw_grad_norm": raw_grad_norm,
             "learning/grad_norm": raw_grad_norm * scale,
             "learning/param_norm": optax.tree.norm(params),
-            "learning/current_learning_rate": schedule(state.step),
+            "learning/current_learning_rate": jnp.asarray(schedule(state.step)),
             "optim/step_skipped": 1.0 - good.astype(jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, window), metrics
