@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from MaxText import config_files
+
 # The keys that give the parameters their shapes and their meaning: a checkpoint fits only if they are the same.
 MODEL_KEYS = (
     "base_emb_dim",
@@ -63,6 +65,8 @@ def check_same(
     Raises:
         Mismatch: it was; with the difference, and what to do.
     """
+    defaults = {key.name: key.default for key in config_files.manual().values()}
+    saved = defaults | dict(saved)  # a key that is younger than the checkpoint had no other meaning than its default
     different = [key for key in keys if key not in allowed and saved.get(key) != wanted[key]]
     if not different:
         return

@@ -51,8 +51,8 @@ class Checker:
         return state, metrics
 
     def _described(self, different: np.ndarray, what: str) -> list[str]:
-        devices = [device for device, bad in zip(self._devices, different.any(axis=1).tolist(), strict=True) if bad]
-        arrays = [name for name, bad in zip(self._names, different.any(axis=0).tolist(), strict=True) if bad]
+        devices = [self._devices[row] for row in sorted(set(np.nonzero(different)[0].tolist()))]
+        arrays = [self._names[column] for column in sorted(set(np.nonzero(different)[1].tolist()))]
         if not arrays:
             return []
         return [f"on {', '.join(devices)} {len(arrays)} arrays {what}, such as {arrays[0]}"]

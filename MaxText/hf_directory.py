@@ -82,6 +82,10 @@ def read(directory: Path, config: FrozenConfigDict, abstract_params: Mapping[str
     """
     theirs = _meaning(json.loads((directory / "config.json").read_text()))
     ours = _meaning(model_config(config, "float32", None))
+    if theirs["rope"]["rope_type"] == "default":  # weights trained without YaRN may be read with it: that is its use
+        ours["rope"] = {key: value for key, value in ours["rope"].items() if key == "rope_theta"} | {
+            "rope_type": "default"
+        }
     different = [f"{key}: {theirs[key]!r} there, {ours[key]!r} here" for key in ours if theirs[key] != ours[key]]
     if different:
         raise ValueError(f"{directory} holds another model:\n  " + "\n  ".join(different))
@@ -96,9 +100,19 @@ def read(directory: Path, config: FrozenConfigDict, abstract_params: Mapping[str
     if "mtp" not in abstract_params:
         return params
     wanted = {"mtp": abstract_params["mtp"]}
-    missing = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)} - extra.keys()
-    if missing:
-        raise ValueError(f"{directory / EXTRA} lacks {', '.join(sorted(missing))}; mtp_num_layers=0 does without them")
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)}
+    there = {name: array.shape for name, array in extra.items()}
+    different = [
+        f"{name}: {there.get(name, 'nothing')} there, {shapes.get(name, 'nothing')} needed"
+        for name in sorted(shapes.keys() | there.keys())
+        if there.get(name) != shapes.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"the multi-token prediction of {directory / EXTRA} does not fit:\n  "
+            + "\n  ".join(different)
+            + "\nmtp_num_layers=0 does without it"
+        )
     mtp = jax.tree_util.tree_map_with_path(lambda path, leaf: extra[path_name(path)].astype(leaf.dtype), wanted)
     return params | mtp
 
@@ -143,7 +157,9 @@ def model_config(config: FrozenConfigDict, dtype: str, eos_id: int | None) -> di
 
 def _meaning(values: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config.json that change what the weights mean, in one form for all its versions."""
-    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
+    rope = {"rope_theta": values.get("rope_theta", 10000.0)}
+    rope |= values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
     given = {
         key: values.get(key)
         for key in (
@@ -161,6 +177,7 @@ def _meaning(values: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
         "hidden_act": values.get("hidden_act", "silu"),
         "attention_bias": bool(values.get("attention_bias")),
+        "mlp_bias": bool(values.get("mlp_bias")),
         "tie_word_embeddings": bool(values.get("tie_word_embeddings")),
-        "rope": {"rope_type": "default"} | {key: value for key, value in rope.items() if value is not None},
+        "rope": {key: value for key, value in rope.items() if value is not None},
     }

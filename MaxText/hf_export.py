@@ -74,7 +74,7 @@ def model_card(opened: Trained, dtype: str, has_tokenizer: bool) -> str:
         "Data": info["data"],
         "Steps": f"{step:,} of {saved['steps']:,}",
         "Tokens seen": f"{tokens:,} ({info['tokens_per_step']:,} a step, sequences of {saved['max_target_length']:,})",
-        "Training loss": _number(last, "learning/loss", "nats per token"),
+        "Training loss": _number(last, "learning/lm_loss", "nats per token"),
         "Held-out loss": _number(last, "eval/avg_loss", "nats per token"),
         "Held-out bits per byte": _number(last, "eval/bits_per_byte", ""),
         "Weights": f"{dtype} (trained with {saved['weight_dtype']} weights, {saved['dtype']} activations)",

@@ -38,7 +38,8 @@ def training_sums(
     """The loss summed over the batch's weighted tokens, and the sums its metrics are made of.
 
     Args:
-        mtp_weight: what the mean of the multi-token prediction losses counts beside the next token's.
+        mtp_weight: what the mean over heads of the multi-token prediction losses counts beside the next token's. Both are
+            divided by the number of next tokens.
         head_dtype: of the products with the unembedding.
 
     Source: DeepSeek-AI 2024, arXiv:2412.19437, equations 24 and 25.
@@ -53,7 +54,8 @@ def training_sums(
     sums = {
         "loss": loss,
         "lm_loss": nll_sums[0],
-        "z_loss": loss - jnp.sum(nll_sums * scales),
+        # A difference of large sums: exactly nothing where it is off, and not their rounding.
+        "z_loss": loss - jnp.sum(nll_sums * scales) if config.z_loss_multiplier else jnp.zeros(()),
         "total_weights": jnp.sum(counted[:, 0]),
     }
     if num_ahead:

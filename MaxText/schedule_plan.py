@@ -70,9 +70,10 @@ def phases(config: FrozenConfigDict) -> tuple[int, int, int]:
 
 
 def run_directory(config: FrozenConfigDict) -> Path:
-    """Where the run writes; a branch has a directory of its own inside it."""
+    """Where the run writes; a branch has a directory of its own inside it, named by its first and last step."""
     run = Path(config.base_output_directory).expanduser() / config.run_name
-    return run if config.branch_decay_from == -1 else run / "branches" / str(config.branch_decay_from)
+    start = config.branch_decay_from
+    return run if start == -1 else run / "branches" / f"{start}-{_branch_end(config)}"
 
 
 def branch_start(config: FrozenConfigDict) -> Path:
@@ -87,18 +88,24 @@ def epoch_ends(steps: int, global_batch_size: int, num_windows: int) -> list[int
     return [epoch * num_windows // global_batch_size for epoch in range(1, passes + 1)]
 
 
+def _branch_end(config: FrozenConfigDict) -> int:
+    """The last step of a run of which the steps from the branch's first on are the share that decays."""
+    start, fraction = config.branch_decay_from, config.wsd_decay_steps_fraction
+    return start + max(1, round(start * fraction / (1 - fraction)))
+
+
 def _branch(config: FrozenConfigDict) -> tuple[dict[str, Any], str]:
     """The values of a run that is as long as if it had been meant to decay from here, and that in words.
 
     Source: Hu et al. 2024 (MiniCPM), arXiv:2404.06395, section 4.
     """
-    start, fraction = config.branch_decay_from, config.wsd_decay_steps_fraction
+    start = config.branch_decay_from
     warmup, decay, _ = phases(config)
     if not warmup <= start <= decay:
         raise ValueError(
             f"branch_decay_from={start:,} is not in the stable phase, which lasts from step {warmup:,} to {decay:,}"
         )
-    length = start + max(1, round(start * fraction / (1 - fraction)))
+    length = _branch_end(config)
     values = {
         "steps": length,
         "learning_rate_schedule_steps": length,

@@ -83,11 +83,20 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
         f"Model parameters: {flops.count_parameters(abstract.params)}",
         f"Tokens per step: {tokens_per_step:,} ({tokens_per_step // config.max_target_length} sequences of "
         f"{config.max_target_length}); model FLOPs per step: {per_step:.3e}",
-        f"Expected loss at initialization: ln({config.vocab_size:,}) = {math.log(config.vocab_size):.3f}",
+        _expected_loss(config),
         f"Memory per device, by arithmetic: {_mib(_device_bytes(abstract.params))} parameters + "
         f"{_mib(_device_bytes(abstract.opt_state))} optimizer state + {_mib(_device_bytes(abstract.params))} "
         "gradients, and activations",
     ]
+
+
+def _expected_loss(config: FrozenConfigDict) -> str:
+    size = config.vocab_size - config.vocab_padding
+    line = f"Expected loss at initialization: ln({size:,}) = {math.log(size):.3f}"
+    if config.mtp_num_layers:
+        both = (1 + config.mtp_loss_scaling_factor) * math.log(size)
+        line += f" for the next token, {both:.3f} with multi-token prediction"
+    return line
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> str:
@@ -119,8 +128,8 @@ def closing(seconds: Mapping[str, float], steps: int, tokens: int, last: Mapping
     wall = sum(seconds.values())
     split = ", ".join(f"{name} {spent:.1f} s ({spent / wall:.0%})" for name, spent in seconds.items())
     lines = [f"Trained {steps:,} steps, {tokens:,} tokens in {wall:.1f} s: {split}"]
-    if "learning/loss" in last:
-        lines.append(f"Final training loss: {last['learning/loss']:.4f}")
+    if "learning/lm_loss" in last:
+        lines.append(f"Final training loss of the next token: {last['learning/lm_loss']:.4f}")
     if "eval/avg_loss" in last:
         bits = last.get("eval/bits_per_byte")
         lines.append(

@@ -39,8 +39,14 @@ def abstract_train_state(config: FrozenConfigDict, model: models.AbstractModel, 
     optimizer = optimizers.make_optimizer(config)
     opt_state = jax.eval_shape(optimizer.init, model.params)
     # By tree path, not by shape: two weights of one shape may lie differently.
+    # Muon and AdamW each have a MaskedNode where the other's parameters would be.
     opt_shardings = optax.tree_map_params(
-        optimizer, lambda _, s: s, opt_state, params, transform_non_params=lambda _: everywhere
+        optimizer,
+        lambda leaf, where: leaf if isinstance(leaf, optax.MaskedNode) else where,
+        opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32)
     window = jax.eval_shape(lambda: spikes.initial(config))

@@ -19,11 +19,14 @@ def config_of(**keys):
 
 
 @functools.cache
-def run(mesh, accumulation, attention="standard 1"):
+def run(mesh, accumulation, attention="standard 1", opt_type="adamw"):
     """(losses, gradient norms, final parameters) of 20 steps."""
     attention_type, num_kv_heads = attention.split()
     config = config_of(
-        gradient_accumulation_steps=accumulation, attention_type=attention_type, base_num_kv_heads=num_kv_heads
+        gradient_accumulation_steps=accumulation,
+        attention_type=attention_type,
+        base_num_kv_heads=num_kv_heads,
+        opt_type=opt_type,
     )
     trainer = support.Trainer(config, support.mesh_of(*mesh))
     metrics = [trainer(support.packed_batch(config, rows=32, seed=step)) for step in range(STEPS)]
@@ -49,6 +52,15 @@ def test_heads_split_over_tensor(attention):
     np.testing.assert_allclose(losses, want_losses, atol=1e-5)
     # The first token of a document sees (1 - lambda) v: near lambda = 1 a differential norm magnifies its rounding.
     np.testing.assert_allclose(norms, want_norms, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_muon_does_not_depend_on_the_mesh(mesh):
+    want_losses, _, want_params = run((1, 1, 1), 1, opt_type="muon")
+    losses, _, params = run(mesh, 1, opt_type="muon")
+    assert losses[-1] < losses[0] - 0.05
+    np.testing.assert_allclose(losses, want_losses, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), params, want_params)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

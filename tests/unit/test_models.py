@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from MaxText import config_rules, flops, loss, models, pyconfig, sharding, train_step
-from MaxText.layers import decoder
+from MaxText.layers import decoder, multi_token_prediction
 from tests import support
 
 ATTENTIONS = ["standard 1", "standard 2", "standard 4", "differential 2", "differential 4"]
@@ -66,6 +66,48 @@ def test_flops_per_token_by_hand():
     shape |= {"attention_type": "standard", "mtp_num_layers": 2}
     assert flops.flops_per_token(**shape) == standard + heads
     assert flops.flops_per_token(**shape | {"mtp_transformer_block": True}) == 3 * standard + heads - 2 * 6 * 2 * 7
+
+
+@pytest.mark.parametrize("block", [True, False])
+def test_a_head_ahead_sees_its_tokens_of_its_document_and_no_other(block):
+    """Head k at position t may depend on tokens up to t + k of t's document: every token of every row is tried."""
+    keys = {"attention_type": "differential", "base_num_kv_heads": 2, "initializer_range": 0.3}
+    config = support.small_config(**keys, mtp_num_layers=2, mtp_transformer_block=block)
+    model, params = models.abstract(config), models.initial_params(config, jax.random.key(0))
+    batch = support.packed_batch(config, rows=4, seed=0)
+    weights = (batch["targets_segmentation"] != 0).astype(np.float32)
+
+    @jax.jit
+    def heads(inputs, targets):
+        given = (batch["inputs_position"], batch["inputs_segmentation"], targets, weights, None)
+        return model.merge(params).of_all_heads(inputs, *given)
+
+    length = config.max_target_length
+    tokens = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
+    segments = np.concatenate([batch["inputs_segmentation"], batch["targets_segmentation"][:, -1:]], axis=1)
+    seen = 0
+    with jax.set_mesh(support.mesh_of()):
+        before = jax.device_get(heads(tokens[:, :-1], tokens[:, 1:]))
+        for place in range(length + 1):
+            changed = tokens.copy()
+            changed[:, place] = (changed[:, place] + 1) % config.vocab_size
+            after = jax.device_get(heads(changed[:, :-1], changed[:, 1:]))
+            for k in range(3):
+                differs = (after[k] != before[k]).any(-1)
+                same_document = segments[:, :-1] == segments[:, place : place + 1]
+                allowed = same_document & (np.arange(length) + k >= place)
+                assert not (differs & ~allowed).any(), (k, place)
+                seen += differs.sum()
+    assert seen > 3 * length  # and it does depend on those
+
+
+def test_targets_ahead_are_of_the_same_document():
+    targets = jax.numpy.array([[11, 12, 21, 22, 23, 0]])
+    weights = jax.numpy.array([[1.0, 0.0, 1.0, 1.0, 0.0, 0.0]])  # a document ends after the second and the fifth input
+    (one, counted), (two, both), (_, three) = multi_token_prediction.ahead(targets, weights, 3)
+    assert one.tolist() == targets.tolist() and counted.tolist() == weights.tolist()
+    assert two.tolist() == [[12, 21, 22, 23, 0, 0]] and both.tolist() == [[0, 0, 1, 0, 0, 0]]
+    assert three.tolist() == [[0] * 6]
 
 
 def test_a_token_changes_no_logit_before_it(logits_of):

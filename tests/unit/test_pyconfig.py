@@ -189,7 +189,7 @@ def test_an_unknown_key_names_the_nearest_and_its_place(tmp_path):
     assert "learning_rate" in the_problem(BASE, RUN, "lerning_rate=1")
     assert "environment M_STESP" in the_problem(BASE, RUN, environ={"M_STESP": "1"})
     assert "did you mean steps" in the_problem(BASE, RUN, environ={"M_STESP": "1"})
-    assert "init_weights_seed or data_shuffle_seed" in the_problem(BASE, RUN, "seed=1")
+    assert "sdc_check_interval" in the_problem(BASE, RUN, "sdc=1")
     assert "--help" in the_problem(BASE, RUN, "zzzz=1")
     assert "M_STEPS=1" in the_problem(BASE, RUN, environ={"M_steps": "1"})
     assert "only a config file" in the_problem(BASE, RUN, "base_config=a")

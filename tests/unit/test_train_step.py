@@ -1,11 +1,13 @@
 """The step's arithmetic: schedule, decay, clipping, and a loss that weighs tokens and not rows."""
 
+import re
+
 import jax
 import numpy as np
 import optax
 import pytest
 
-from MaxText import models, optimizers, train_step
+from MaxText import job, models, optimizers, train_step
 from tests import support
 
 
@@ -18,6 +20,34 @@ def test_schedule_of_the_seed():
     assert float(rate(2550)) == pytest.approx(5.5e-4)
     assert float(rate(5000)) == pytest.approx(1e-4)
     assert float(rate(9999)) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("style", "middle"),
+    [("cosine", 0.505), ("linear", 0.505), ("1-sqrt", 0.01 + 0.99 * (1 - 0.5**0.5)), ("exponential", 0.1)],
+)
+def test_wsd_is_stable_and_decays_over_its_last_part(style, middle):
+    keys = {"lr_schedule_type": "wsd", "wsd_decay_style": style, "warmup_steps_fraction": 0.1, "mtp_num_layers": 1}
+    config = support.small_config(**keys, steps=1000, learning_rate=1.0, learning_rate_final_fraction=0.01)
+    rate, weight = optimizers.learning_rate_schedule(config), optimizers.mtp_weight_schedule(config)
+    expected = {0: 0, 50: 0.5, 100: 1, 500: 1, 900: 1, 950: middle, 1000: 0.01, 2000: 0.01}
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+    assert float(weight(0)) == pytest.approx(0.3) and float(weight(900)) == pytest.approx(0.3)
+    assert float(weight(950)) == pytest.approx(0.1 + 0.2 * (middle - 0.01) / 0.99, abs=1e-6)
+    assert float(weight(1000)) == pytest.approx(0.1)
+
+
+def test_the_compiled_step_holds_no_array_of_all_logits():
+    """Of a vocabulary so large that one would outweigh everything else; for both heads of the shipped model."""
+    keys = {"vocab_size": 8192, "mtp_num_layers": 1, "mtp_transformer_block": False, "num_vocab_tiling": 8}
+    config = support.small_config(**keys, attention_type="differential", base_num_kv_heads=2, max_target_length=128)
+    planned = job.make_job(config, jax.devices()[:1])
+    compiled = job.lower(planned).compile()
+    logits = planned.global_batch_size * 128 * config.vocab_size
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(planned.abstract_state.params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * logits + 4 * parameters
+    shapes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    assert max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes) < logits
 
 
 @pytest.mark.parametrize("attention_type", models.ATTENTION_TYPES)
