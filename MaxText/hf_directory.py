@@ -83,9 +83,7 @@ def read(directory: Path, config: FrozenConfigDict, abstract_params: Mapping[str
     theirs = _meaning(json.loads((directory / "config.json").read_text()))
     ours = _meaning(model_config(config, "float32", None))
     if theirs["rope"]["rope_type"] == "default":  # weights trained without YaRN may be read with it: that is its use
-        ours["rope"] = {key: value for key, value in ours["rope"].items() if key == "rope_theta"} | {
-            "rope_type": "default"
-        }
+        ours["rope"] = {"rope_theta": ours["rope"]["rope_theta"], "rope_type": "default"}
     different = [f"{key}: {theirs[key]!r} there, {ours[key]!r} here" for key in ours if theirs[key] != ours[key]]
     if different:
         raise ValueError(f"{directory} holds another model:\n  " + "\n  ".join(different))

@@ -38,8 +38,8 @@ def training_sums(
     """The loss summed over the batch's weighted tokens, and the sums its metrics are made of.
 
     Args:
-        mtp_weight: what the mean over heads of the multi-token prediction losses counts beside the next token's. Both are
-            divided by the number of next tokens.
+        mtp_weight: what the mean over heads of the multi-token prediction losses counts beside the next token's; both
+            are divided by the number of next tokens.
         head_dtype: of the products with the unembedding.
 
     Source: DeepSeek-AI 2024, arXiv:2412.19437, equations 24 and 25.

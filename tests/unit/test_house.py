@@ -76,7 +76,7 @@ LAYERS = {
 }
 ENTRY_LAYER = 9
 # One concern in several files, which may import each other as the files of a subpackage may.
-SIBLINGS = ({"MaxText.pyconfig", "MaxText.config_files", "MaxText.config_rules"},)
+SIBLINGS = ({"MaxText.pyconfig", "MaxText.config_files", "MaxText.config_rules", "MaxText.config_changes"},)
 
 # Who must not import what, at any depth: (modules, what, except these modules).
 FORBIDDEN_IMPORTS = (

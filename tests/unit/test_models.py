@@ -75,12 +75,12 @@ def test_a_head_ahead_sees_its_tokens_of_its_document_and_no_other(block):
     config = support.small_config(**keys, mtp_num_layers=2, mtp_transformer_block=block)
     model, params = models.abstract(config), models.initial_params(config, jax.random.key(0))
     batch = support.packed_batch(config, rows=4, seed=0)
-    weights = (batch["targets_segmentation"] != 0).astype(np.float32)
+    weights = jnp.asarray(batch["targets_segmentation"] != 0, jnp.float32)
+    where = (jnp.asarray(batch["inputs_position"]), jnp.asarray(batch["inputs_segmentation"]))
 
     @jax.jit
     def heads(inputs, targets):
-        given = (batch["inputs_position"], batch["inputs_segmentation"], targets, weights, None)
-        return model.merge(params).of_all_heads(inputs, *given)
+        return model.merge(params).of_all_heads(inputs, *where, targets, weights, None)
 
     length = config.max_target_length
     tokens = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
