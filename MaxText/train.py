@@ -70,7 +70,7 @@ def run(config: Any, dry_run: bool, mine: Any, stop: Any, started: float) -> int
 
 if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
-    if exit_code == 75:  # a compilation, or a collective without its other half, cannot be stopped: not waited for
+    if exit_code:  # a compilation, or a collective without its other half, cannot be stopped: not waited for
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

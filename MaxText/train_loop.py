@@ -154,6 +154,7 @@ class Run:
         self.feed: batch_feed.BatchFeed | None = None
         self.last: dict[str, float] = {}  # the newest value of every metric
         self.skipped = self.skipped_in_a_row = 0
+        self.gave_up = False  # the last evaluation; the next launch makes up for it
         self.hopeless = ""  # why to stop after so many skipped updates
         self.peak_flops: float | None = None  # of a device; found after the first step
         self.held_out: held_out.HeldOut | None = None
@@ -181,7 +182,8 @@ class Run:
             except BaseException:
                 self._abandon()
                 raise
-        return EXIT_COMPLETE if step == config.steps else preemption.EXIT_RESUME
+        complete = step == config.steps and not self.gave_up
+        return EXIT_COMPLETE if complete else preemption.EXIT_RESUME
 
     def _steps(self, compiled: jax.stages.Compiled, state: TrainState, first: int) -> int:
         """Takes the steps after `first`, with what is due between them; the last step taken."""
@@ -333,6 +335,7 @@ class Run:
             with self.ledger.charge("eval"), self.watchdog.longer(), self.stop.may_give_up():
                 metrics = self.held_out(params)
         except preemption.Stopped:
+            self.gave_up = True
             self.console.emit(f"{self.stop.requested}: the evaluation after step {step:,} was given up")
             return False
         self.last |= metrics

@@ -42,8 +42,9 @@ def test_between_steps(tmp_path, number):
     step = stopped_after(console)
     assert 3 <= step <= 5 and training.saved_steps(tmp_path) == [step]
     again = training.Lines()
-    assert training.train(tmp_path, again) == 0
+    assert training.train(tmp_path, again, log_period=2) == 0
     assert f"Resuming after step {step} " in again
+    assert "Changed since it was saved: log_period 1 -> 2" in again
     assert training.saved_steps(tmp_path)[-1] == 12
 
 

@@ -1,6 +1,7 @@
-"""Several processes that train as one; the long versions are those marked slow."""
+"""Several processes that train as one. LONG_TESTS=1 runs all meshes, four processes and two slices as well."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -15,6 +16,8 @@ from tests.processes import group
 
 DATA, FSDP = {"ici_data_parallelism": 4}, {"ici_data_parallelism": 1, "ici_fsdp_parallelism": 4}
 FSDP_AND_TENSOR = {"ici_data_parallelism": 1, "ici_fsdp_parallelism": 2, "ici_tensor_parallelism": 2}
+LONG = pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="minutes; LONG_TESTS=1 runs it")
+SLICES = {"ici_data_parallelism": 1, "ici_fsdp_parallelism": -1}  # one process stands for a slice
 PROGRAM = support.ROOT / "tests/processes/checkpoint_program.py"
 
 
@@ -82,16 +85,18 @@ def test_a_checkpoint_of_two_is_read_bit_for_bit_by_one(tmp_path):
     assert "shards as written" in read.output(0)
 
 
-@pytest.mark.slow
+@LONG
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("mesh", [DATA, FSDP, FSDP_AND_TENSOR], ids=str)
+@pytest.mark.parametrize("mesh", [DATA, FSDP, FSDP_AND_TENSOR, SLICES], ids=str)
 def test_the_losses_are_those_of_one_process(tmp_path, expected, count, mesh):
+    if mesh is SLICES:
+        mesh = mesh | {"dcn_data_parallelism": count}
     several = group.train(tmp_path, count, 4 // count, **mesh)
     assert several.codes(400) == [0] * count, several.output(0)
     assert_same_losses(tmp_path, expected)
 
 
-@pytest.mark.slow
+@LONG
 def test_a_checkpoint_of_four_is_read_by_four_two_and_one(tmp_path):
     written = group.Group(tmp_path / "write", 4, 1, [PROGRAM, "write", tmp_path, 2, 2])
     assert written.codes(400) == [0] * 4, written.output(0)

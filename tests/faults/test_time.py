@@ -1,0 +1,37 @@
+"""The account of a run's time against a stopwatch, over two launches and the pause between them."""
+
+import re
+import time
+
+import pytest
+
+from MaxText import batch_feed
+from tests.faults import training
+
+
+def test_the_account_is_within_a_hundredth_of_the_stopwatch(tmp_path, monkeypatch):
+    real, waited = batch_feed.BatchFeed.__next__, 0.0
+
+    def slowly(self):
+        nonlocal waited
+        begin = time.perf_counter()
+        time.sleep(0.25)
+        batch = real(self)
+        waited += time.perf_counter() - begin
+        return batch
+
+    monkeypatch.setattr(batch_feed.BatchFeed, "__next__", slowly)
+    begin = time.perf_counter()
+    assert training.train(tmp_path, training.Lines(), steps=6) == 0
+    time.sleep(2)
+    console = training.Lines()
+    assert training.train(tmp_path, console, steps=12) == 0
+    stopwatch = time.perf_counter() - begin
+    (line,) = [line for line in console.lines if line.startswith("Goodput: ")]
+    share, total = map(float, re.match(r"Goodput: ([\d.]+)% of the ([\d.]+) s since the first launch", line).groups())
+    pairs = (part.rsplit(" ", 2) for part in line.split("; ")[1].split(", "))
+    spent = {name: float(seconds) for name, seconds, _ in pairs}
+    assert total == pytest.approx(stopwatch, rel=0.01)
+    assert spent["data wait"] == pytest.approx(waited, abs=0.01 * stopwatch)
+    assert spent["not running"] == pytest.approx(2, abs=0.01 * stopwatch)
+    assert share / 100 * total + sum(spent.values()) == pytest.approx(total, abs=0.5)
