@@ -6,6 +6,7 @@ names the cluster. Every machine of it must see `out` and the project under the 
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from MaxText.preparation import tasks
@@ -38,7 +39,8 @@ def run(
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         cores = {} if address else {"num_cpus": num_workers}
-        ray.init(address=address, log_to_driver=False, **cores)
+        project = {"env_vars": {"PYTHONPATH": str(Path(tasks.__file__).parents[2])}}
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, runtime_env=project, **cores)
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_do)
     waiting = {remote.remote(task, workplace, number): number for number in numbers}
     failures = {}
