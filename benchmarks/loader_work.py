@@ -74,7 +74,7 @@ def memmap_twin(dataset: Any, folder: Path, batch: int, fim: Any) -> Callable[[i
     def run(steps: int) -> int:
         rng = np.random.default_rng(0)
         for _ in range(steps):
-            starts = rng.integers(0, len(maps[0]) - width, batch)
+            starts = rng.integers(0, min(map(len, maps)) - width, batch)
             which = rng.integers(0, len(maps), batch).tolist()
             rows = [maps[k][start : start + width] for k, start in zip(which, starts.tolist(), strict=True)]
             windows, lengths = np.stack(rows).astype(np.int32), np.full(batch, width)

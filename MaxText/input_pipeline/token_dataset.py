@@ -109,21 +109,16 @@ class TokenDataset:
     def batch(self, step: int, global_batch_size: int, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
         """The rows `rows` of the global batch of step `step`: int32 [rows, sequence_length] under packing.KEYS."""
         samples = step * global_batch_size + np.arange(global_batch_size)[rows]
-        width = self.sequence_length + 1
-        windows, lengths = np.empty((samples.size, width), np.int32), np.empty(samples.size, np.int64)
-        origins, starts = np.zeros(samples.size, np.uint64), np.zeros(samples.size, np.int64)
-        parts, indices = self._assign(samples)
-        for number, source in enumerate(self._windows):
-            mine = np.flatnonzero(parts == number)
-            if not mine.size:
-                continue
-            epochs, positions = np.zeros(mine.size, np.int64), indices[mine]
-            if self._repeat:
-                epochs, positions = np.divmod(positions, source.num_windows)
-                if self._shuffle_seed is not None:
-                    positions = permute(positions, source.num_windows, self._shuffle_seed, epochs)
-            windows[mine], lengths[mine], shards, starts[mine] = source.read(positions)
-            origins[mine] = mix(mix(mix(epochs.astype(np.uint64)) ^ np.uint64(number)) ^ shards.astype(np.uint64))
+        if len(self._windows) == 1:
+            windows, lengths, origins, starts = self._read(0, samples)
+        else:
+            parts, indices = self._assign(samples)
+            windows, lengths = np.empty((samples.size, self.sequence_length + 1), np.int32), np.empty_like(samples)
+            origins, starts = np.empty(samples.size, np.uint64), np.empty_like(samples)
+            for part in range(len(self._windows)):
+                mine = np.flatnonzero(parts == part)
+                if mine.size:
+                    windows[mine], lengths[mine], origins[mine], starts[mine] = self._read(part, indices[mine])
         if self._fim is not None:
             windows, lengths = self._fim(windows, lengths, origins, starts)
         return packing.pack(windows, lengths, self.eos_id, self._document_masking)
@@ -135,10 +130,22 @@ class TokenDataset:
         padded[: sizes.size] = sizes[: self.vocab_size]
         return padded
 
+    def _read(self, part: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(windows, lengths, origins, starts) of these samples of one directory; see Fim for the last two."""
+        source = self._windows[part]
+        epochs, positions = np.zeros_like(indices), indices
+        if self._repeat:
+            epochs, positions = np.divmod(indices, source.num_windows)
+            if self._shuffle_seed is not None:
+                positions = permute(positions, source.num_windows, self._shuffle_seed, epochs)
+        windows, lengths, shards, starts = source.read(positions)
+        origins = starts.astype(np.uint64)
+        if self._fim is not None:  # only it asks
+            origins = mix(mix(mix(epochs.astype(np.uint64)) ^ np.uint64(part)) ^ shards.astype(np.uint64))
+        return windows, lengths, origins, starts
+
     def _assign(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The directory of each sample, and which of that directory's samples it is."""
-        if self._period == 1:
-            return np.zeros(samples.size, np.int64), samples
         periods, places = np.divmod(samples, self._period)
         places = permute(places, self._period, self._shuffle_seed or 0, periods)
         ends = np.cumsum(self._counts)

@@ -19,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from MaxText.input_pipeline.word_cache import WordCache
+
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (
     END_OF_TEXT, "<|pad|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
@@ -164,12 +166,16 @@ class HuggingFaceTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
+        self._words = WordCache(self._backend)
         self.eos_id: int = tokenizer.eos_token_id
         self.vocab_size = 1 + max(self._backend.get_vocab().values())
         self.special_ids = _special_ids(self._backend.token_to_id)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        known = [self._words.encode(text) for text in texts]
+        rest = [text for text, ids in zip(texts, known, strict=True) if ids is None]
+        encoded = iter(self._backend.encode_batch_fast(rest, add_special_tokens=False)) if rest else iter(())
+        return [next(encoded).ids if ids is None else ids for ids in known]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)

@@ -22,11 +22,12 @@ from ml_collections import FrozenConfigDict
 
 from MaxText.evaluation import humaneval, mbpp
 from MaxText.input_pipeline import inputs, token_blocks, tokenizer
-from MaxText.preparation import choosing, pool, tasks
+from MaxText.preparation import choosing, pool, ray_pool, tasks
 from MaxText.preparation.tasks import PARTS, Settings, Workplace
 
 REPORT = "report.json"
 REPORT_SECONDS = 5
+ENGINES = {"local": pool.run, "ray": ray_pool.run}
 SHOWN_FAILURES = 5
 Log = Callable[[str], None]
 
@@ -66,13 +67,14 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
         numbers = [unit.number for unit in units]
         sizes = {unit.number: unit.size for unit in units}
         workers = config.prepare_workers or len(os.sched_getaffinity(0))
-        if _run(workplace, "scan", sizes, workers, log):
+        engine = ENGINES[config.prepare_engine]
+        if _run(workplace, "scan", sizes, engine, workers, log):
             return 1
         dropped = _choose(workplace, numbers, settings, config.vocab_size, given, log)
         encoder = tokenizer.load(str(out / workplace.read_json("chosen.json")["tokenizer"]))
         encoder.name = given.name if given else "byte-level BPE trained on this data"  # no path of this machine
         sizes = {number: max(_chosen_bytes(workplace, number), 1) for number in numbers}
-        if _run(workplace, "encode", sizes, workers, log):
+        if _run(workplace, "encode", sizes, engine, workers, log):
             return 1
         report = _finish(workplace, units, settings, encoder, dropped, digest)
         shutil.rmtree(workplace.folder)
@@ -163,7 +165,7 @@ def _check_complete(out: Path, digest: str, log: Log) -> int:
     return 0
 
 
-def _run(workplace: Workplace, task: str, sizes: dict[int, int], workers: int, log: Log) -> bool:
+def _run(workplace: Workplace, task: str, sizes: dict[int, int], engine: Any, workers: int, log: Log) -> bool:
     """Do the task for the units for which it is not done; says how it goes. True if any failed."""
     todo = [number for number in sizes if not workplace.done(task, number).is_file()]
     if len(todo) < len(sizes):
@@ -187,7 +189,7 @@ def _run(workplace: Workplace, task: str, sizes: dict[int, int], workers: int, l
         nonlocal finished
         finished += 1
 
-    failures = pool.run(task, todo, workplace, workers, progress, done) if todo else {}
+    failures = engine(task, todo, workplace, workers, progress, done) if todo else {}
     seconds = max(time.monotonic() - started, 1e-9)
     log(f"{task}: {finished:,} units, {read / 1e6:,.1f} MB in {seconds:.1f} s, {read / 1e6 / seconds:.1f} MB/s")
     for number, story in sorted(failures.items())[:SHOWN_FAILURES]:

@@ -173,3 +173,38 @@ def test_the_split_keeps_repositories_whole(texts, prepare, tmp_path, documents_
         for part in ("train", "heldout")
     ]
     assert names[0] and names[1] and not names[0] & names[1]
+
+
+STAND_IN = """
+import pickle
+_started = []
+def is_initialized(): return bool(_started)
+def init(**options): _started.append(options); assert options["num_cpus"] == 3
+def remote(**options):
+    assert options == {"num_cpus": 1, "max_retries": 3}
+    class Remote:
+        def __init__(self, function): self.function = pickle.dumps(function)
+        def remote(self, *arguments): return pickle.dumps((self.function, arguments))
+    return Remote
+def wait(references): return references[-1:], references[:-1]
+def get(reference):
+    function, arguments = pickle.loads(reference)
+    return pickle.loads(function)(*arguments)
+"""
+
+
+def test_ray_gives_the_same_bytes(source, prepare, tmp_path, monkeypatch):
+    """By a stand-in that does the tasks in another order; docs/decisions.md tells of the real one."""
+    settings = {"source": source, "unit_bytes": 100_000}
+    with pytest.raises(ValueError, match="prepare_engine=ray needs Ray: pip install ray"):
+        prepare(**settings, prepare_engine="ray")
+    assert prepare(**settings, out=tmp_path / "whole")[0] == 0
+    (tmp_path / "ray.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, lines = prepare(**settings, prepare_engine="ray", prepare_workers=3)
+    assert code == 0, lines
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+    monkeypatch.setitem(tasks.TASKS, "scan", lambda workplace, number, report: 1 / 0)
+    code, lines = prepare(**settings, prepare_engine="ray", prepare_workers=3, out=tmp_path / "other")
+    assert code == 1 and any("FAILED: ZeroDivisionError: division by zero" in line for line in lines)
