@@ -66,7 +66,7 @@ def run(
         path = folder / f"{'+'.join(words).replace('/', '_')}.json"
         if not path.exists():
             emit(f"{number} of {len(chosen)}: {' '.join(words)}")
-            path.write_text(json.dumps(_compiled([*arguments, *words]), indent=1) + "\n")
+            path.write_text(json.dumps(_compiled(arguments, overrides), indent=1) + "\n")
         results.append((overrides, json.loads(path.read_text())))
     ranking = rank(results)
     for line in table(ranking):
@@ -80,16 +80,19 @@ def run(
     return 0
 
 
-def _compiled(arguments: Sequence[str]) -> dict[str, Any]:
+def _compiled(arguments: Sequence[str], overrides: dict[str, str]) -> dict[str, Any]:
     """The report of one variant, or why there is none."""
-    command = [sys.executable, str(_TRAIN_COMPILE), *arguments, "sweep=", "compiled_trainstep_file="]
+    words = {"sweep": "", "compiled_trainstep_file": "", **overrides}
+    kept = [argument for argument in arguments if argument.partition("=")[0] not in words]
+    command = [sys.executable, str(_TRAIN_COMPILE), *kept, *(f"{key}={value}" for key, value in words.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     marker = "The same as JSON: "
     for line in done.stdout.splitlines():
         if line.startswith(marker):
             return json.loads(Path(line.removeprefix(marker)).read_text())
-    reason = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-    return {"error": reason[0][:500] if reason else f"the compiler ended with code {done.returncode}"}
+    lines = done.stderr.splitlines()
+    begin = next((index for index, line in enumerate(lines) if "error" in line.lower()), 0)
+    return {"error": " ".join(lines[begin : begin + 3])[:500] or f"the compiler ended with code {done.returncode}"}
 
 
 def fits(found: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The sweep over variants: what it compiles, what it keeps, how it ranks; the compiler itself is not run."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -41,8 +42,8 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     found = {"2": report(10.0, 2**30), "4": report(30.0, 2**31, fits=False), "8": {"error": "refused"}}
     compiled, lines = [], []
 
-    def compile_one(arguments):
-        rows = arguments[-1].split("=")[1]
+    def compile_one(arguments, overrides):
+        rows = overrides["per_device_batch_size"]
         compiled.append(rows)
         if len(compiled) == 2:
             raise KeyboardInterrupt
@@ -63,6 +64,15 @@ def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 def test_when_nothing_fits_the_exit_code_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_compiled", lambda arguments: {"error": "out of memory"})
+    monkeypatch.setattr(sweep, "_compiled", lambda arguments, overrides: {"error": "out of memory"})
     config = support.small_config(sweep="per_device_batch_size=2")
     assert sweep.run(config, ["x.yml"], tmp_path / "sweep", 1, lambda line: None) == 1
+
+
+def test_a_variant_replaces_what_the_command_line_said(monkeypatch):
+    commands = []
+    ended = subprocess.CompletedProcess([], 2, stdout="", stderr="2 errors in the config:\n  one\n  two\n  three\n")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or ended)
+    arguments = ["x.yml", "sweep=remat_policy=none,full", "remat_policy=minimal", "steps=3"]
+    assert sweep._compiled(arguments, {"remat_policy": "full"}) == {"error": "2 errors in the config:   one   two"}
+    assert commands[0][2:] == ["x.yml", "steps=3", "sweep=", "compiled_trainstep_file=", "remat_policy=full"]
