@@ -13,6 +13,8 @@ from typing import Any
 
 import ml_collections
 
+from MaxText import config_generation_rules
+
 Values = Mapping[str, Any]
 
 AUTO = "auto"  # the value of a numeric key that is left to arithmetic; see schedule_plan.py
@@ -41,7 +43,8 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         rope_factor original_max_position_embeddings beta_fast
         embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
         grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row
-        compile_topology_num_slices""",
+        compile_topology_num_slices max_tokens num_samples best_of decode_rows infilling_problems
+        infilling_max_lines serve_max_queue serve_max_body_bytes""",
     ),
     (
         "at least 0",
@@ -49,9 +52,9 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         """z_loss_multiplier vocab_padding final_logits_soft_cap mtp_num_layers mtp_loss_scaling_factor
         mtp_loss_scaling_factor_final grain_worker_count adam_weight_decay gradient_clipping_threshold
         prepare_workers held_out_one_in skip_first_n_steps_for_profiler peak_tflops_per_device max_run_hours
-        hang_timeout_minutes sdc_check_interval""",
+        hang_timeout_minutes sdc_check_interval temperature top_k speculative_tokens""",
     ),
-    ("from 0 to 2147483647", lambda value: 0 <= value < 2**31, "init_weights_seed data_shuffle_seed"),
+    ("from 0 to 2147483647", lambda value: 0 <= value < 2**31, "init_weights_seed data_shuffle_seed sampling_seed"),
     ("at least 2", lambda value: value >= 2, "skip_step_interval"),
     (
         "greater than 0",
@@ -67,8 +70,10 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
         """sharding_tolerance warmup_steps_fraction wsd_decay_steps_fraction learning_rate_final_fraction
-        fim_rate fim_spm_rate near_duplicate_threshold""",
+        fim_rate fim_spm_rate near_duplicate_threshold min_p""",
     ),
+    ("greater than 0 and at most 1", lambda value: 0 < value <= 1, "top_p"),
+    ("from 0 to 65535", lambda value: 0 <= value < 2**16, "serve_port"),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "adam_b1 adam_b2 muon_beta dropout_rate"),
 )
 
@@ -339,6 +344,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Values, Values], Iterator[str]]],
     (("base_output_directory", "data_cache_directory"), _needs_text),
     (("load_full_state_path", "load_parameters_path"), _one_starting_point),
     (("head_dim",), _even_head_dim),
+    *config_generation_rules.RULES,
     (
         ("base_num_kv_heads", "base_num_query_heads"),
         lambda values, _: _divides(values, "base_num_kv_heads", ["base_num_query_heads"]),

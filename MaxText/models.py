@@ -102,7 +102,10 @@ class Transformer(nnx.Module):
         self, inputs: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]
     ) -> Float[Array, "B T V"]:
         """Every token's score at every position, in float32; a padding id's is too low ever to be sampled."""
-        hidden = self(inputs, positions, segment_ids)
+        return self.scores(self(inputs, positions, segment_ids))
+
+    def scores(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The logits of normalized last hidden states."""
         table = self.unembedding.astype(hidden.dtype)
         scores = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
         ids, size = jnp.arange(table.shape[0])[None, None], table.shape[0]

@@ -136,6 +136,7 @@ class Run:
         )
         self.info = train_report.run_info(config, data, job.tokens_per_step, str(Path(__file__).parent))
         self.epoch_ends = _epoch_ends(job, data)
+        self.info["epoch_ends"] = self.epoch_ends
         self.position = position
         self.checkpointer = checkpointing.Checkpointer(
             job.directory / "checkpoints",

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention_blocked import attention_blocked
+from MaxText.kernels.attention_cached import CachedRows, attention_cached
 from MaxText.kernels.attention_reference import RESIDUALS, attention_reference
 
 IMPLEMENTATIONS = ("dot_product", "blocked", "flash", "splash")
@@ -16,17 +17,19 @@ SPLASH_BLOCK = 512
 
 def attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K W"],
-    segment_ids: Int[Array, "B T"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K W"],
+    segment_ids: Int[Array, "B T"] | CachedRows,
     *,
     implementation: str,
     batch_axes: tuple[str, ...],
     head_axis: str,
 ) -> Float[Array, "B T N W"]:
     """Causal attention within each document of each row; what it keeps for the backward pass is named `context`.
+    S is T, unless the keys come from a cache.
 
     Args:
+        segment_ids: of each document of a row; or where the row stands in its cache.
         implementation: `autoselected` or one of IMPLEMENTATIONS.
         batch_axes: mesh axes the rows are split over.
         head_axis: mesh axis the heads are split over.
@@ -34,6 +37,8 @@ def attention(
     Raises:
         ValueError: no such implementation, or it cannot serve here.
     """
+    if isinstance(segment_ids, CachedRows):
+        return attention_cached(query, key, value, segment_ids)
     name = chosen(implementation, platform(), query.shape[-1])
     if name in ("dot_product", "blocked"):
         serve = attention_reference if name == "dot_product" else attention_blocked

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention import attention, chip, chosen, platform
+from MaxText.kernels.attention_cached import CachedRows
 
 
 def differential_attention(
     query: Float[Array, "B T 2 N H"],
-    key: Float[Array, "B T C K H"],
-    value: Float[Array, "B T K W"],
+    key: Float[Array, "B S C K H"],
+    value: Float[Array, "B S K W"],
     weight: Float[Array, "B T N"],
-    segment_ids: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | CachedRows,
     *,
     implementation: str,
     batch_axes: tuple[str, ...],
@@ -30,7 +31,13 @@ def differential_attention(
     Source: Ye et al. 2024, arXiv:2410.05258, equation 1.
     """
     axes = {"batch_axes": batch_axes, "head_axis": head_axis}
-    if chosen(implementation, platform(), query.shape[-1]) == "flash":
+    if isinstance(segment_ids, CachedRows) and key.shape[2] == 1:  # both maps read the cache at once
+        batch, length, _, heads, head_dim = query.shape
+        both = jnp.moveaxis(query, 2, 3).reshape(batch, length, 2 * heads, head_dim)
+        context = attention(both, key[:, :, 0], value, segment_ids, implementation=implementation, **axes)
+        pairs = context.reshape(batch, length, heads, 2, -1).astype(jnp.float32)
+        return (pairs[..., 0, :] - weight[..., None] * pairs[..., 1, :]).astype(query.dtype)
+    if not isinstance(segment_ids, CachedRows) and chosen(implementation, platform(), query.shape[-1]) == "flash":
         from MaxText.kernels.attention_flash import differential_flash  # here: importing Pallas takes a quarter second
 
         return differential_flash(query, key, value, weight, segment_ids, **axes, chip=chip(), interpret=False)

@@ -4,16 +4,20 @@ In and out are the residual stream's width; the arithmetic between the projectio
 differential layers are this one with other shapes and another `attend`.
 """
 
+import math
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from MaxText import sharding
 from MaxText.kernels import attention as kernel
+from MaxText.kernels.attention_cached import CachedRows
 from MaxText.kernels.projection import project
 from MaxText.layers import parameters, rope
+from MaxText.layers.memory import Memory
 from MaxText.layers.normalizations import RMSNorm
 from MaxText.sharding import shard
 
@@ -81,6 +85,36 @@ class Attention(nnx.Module):
         Args:
             depth: which layer this is, from 0.
         """
+        query, key, value = self.heads(x, cosine, sine)
+        return self.output(self.attend(x, query, key, value, segment_ids, depth))
+
+    def recall(
+        self,
+        x: Float[Array, "B T D"],
+        cosine: Float[Array, "B T h"],
+        sine: Float[Array, "B T h"],
+        memory: Memory,
+        first: Int[Array, "B"],
+        depth: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """As a call, where what is before x comes from a memory; and that memory with x in it.
+
+        Args:
+            first: where in its row of the memory each row of x begins.
+        """
+        query, key, value = self.heads(x, cosine, sine)
+        memory = self._placed(memory.extended(key, value, first))
+        context = self.attend(x, query, memory.keys, memory.values, CachedRows(first), depth)
+        return self.output(context), memory
+
+    def empty_memory(self, batch: int, length: int) -> Memory:
+        """Room for `length` tokens in each of `batch` rows."""
+        *pair, num_heads, width = self.key.shape[1:]
+        key, value = (batch, *pair, num_heads, length, width), (batch, num_heads, length, width * math.prod(pair))
+        return self._placed(Memory(jnp.zeros(key, self.dtype), jnp.zeros(value, self.dtype)))
+
+    def heads(self, x: Array, cosine: Array, sine: Array) -> tuple[Array, Array, Array]:
+        """Queries and keys, rotated, and values."""
         query = self._project(x, self.query, self.query_axes)
         key = self._project(x, self.key, self.kv_axes)
         if self.use_qk_norm:
@@ -88,12 +122,26 @@ class Attention(nnx.Module):
         query = checkpoint_name(rope.rotate(query, cosine, sine), "query_proj")
         key = checkpoint_name(rope.rotate(key, cosine, sine), "key_proj")
         value = checkpoint_name(self._project(x, self.value, self.kv_axes), "value_proj")
-        context = self.attend(x, query, key, value, segment_ids, depth)
+        return query, key, self.joined(value)
+
+    def joined(self, value: Array) -> Float[Array, "B T K W"]:
+        """The values as the attention takes them."""
+        return value
+
+    def output(self, context: Float[Array, "B T N W"]) -> Float[Array, "B T D"]:
+        """What the layer adds to the residual stream."""
         context = shard(context, "activation_batch", "activation_length", "activation_heads", "activation_kv")
         return checkpoint_name(project("btnh,nhd->btd", context, self.out[...]), "out_proj")
 
+    def _placed(self, memory: Memory) -> Memory:
+        def placed(x: Array, axes: tuple[str, ...]) -> Array:
+            names = (f"activation_{axis}" for axis in axes)
+            return shard(x, "activation_batch", *names, "activation_length", "activation_kv")
+
+        return Memory(placed(memory.key, self.kv_axes), placed(memory.value, self.kv_axes[-1:]))
+
     def attend(
-        self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array, depth: Array
+        self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array | CachedRows, depth: Array
     ) -> Float[Array, "B T N W"]:
         """The context: what the heads saw, before the output projection."""
         return kernel.attention(query, key, value, segment_ids, **self.kernel_options)

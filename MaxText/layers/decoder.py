@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from MaxText.layers import parameters
 from MaxText.layers.attention import Attention
 from MaxText.layers.dropout import dropout
+from MaxText.layers.memory import Memory
 from MaxText.layers.mlp import SwiGLU
 from MaxText.layers.normalizations import RMSNorm
 from MaxText.sharding import shard
@@ -59,6 +60,22 @@ class DecoderLayer(nnx.Module):
         transformed = self.mlp(self.post_self_attention_layer_norm(x))
         x = x + dropout(transformed, self.dropout_rate, dropout_keys, 2 + 2 * depth)
         return shard(x, "activation_batch", "activation_length", "activation_embed")
+
+    def recall(
+        self,
+        x: Float[Array, "B T D"],
+        cosine: Float[Array, "B T h"],
+        sine: Float[Array, "B T h"],
+        memory: Memory,
+        first: Int[Array, "B"],
+        depth: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Memory]:
+        """As a call without dropout, where what is before x comes from a memory; see `Attention.recall`."""
+        normalized = self.pre_self_attention_layer_norm(x)
+        attended, memory = self.self_attention.recall(normalized, cosine, sine, memory, first, depth)
+        x = x + attended
+        x = x + self.mlp(self.post_self_attention_layer_norm(x))
+        return shard(x, "activation_batch", "activation_length", "activation_embed"), memory
 
 
 class Decoder(nnx.Module):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from MaxText.kernels.attention_cached import CachedRows
 from MaxText.kernels.differential import differential_attention
 from MaxText.kernels.projection import project
 from MaxText.layers import parameters
@@ -39,15 +40,17 @@ class DifferentialAttention(Attention):
         pairs = num_query_heads // 2
         return (2, pairs), (2, num_kv_heads // 2), (pairs, 2 * head_dim)
 
+    def joined(self, value: Array) -> Float[Array, "B T K W"]:
+        return jnp.concatenate([value[:, :, 0], value[:, :, 1]], axis=-1)
+
     def attend(
-        self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array, depth: Array
+        self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array | CachedRows, depth: Array
     ) -> Float[Array, "B T N W"]:
         initial = 0.8 - 0.6 * jnp.exp(-0.3 * depth.astype(jnp.float32))
         q1, k1, q2, k2 = (getattr(self, name)[...].astype(jnp.float32) for name in LAMBDA_VECTORS)
         weight = jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + initial
-        wide = jnp.concatenate([value[:, :, 0], value[:, :, 1]], axis=-1)
         weights = jnp.broadcast_to(weight, (*query.shape[:2], query.shape[3]))
-        context = differential_attention(query, key, wide, weights, segment_ids, **self.kernel_options)
+        context = differential_attention(query, key, value, weights, segment_ids, **self.kernel_options)
         return ((1 - initial) * normalized(context, self.epsilon)).astype(context.dtype)
 
 
@@ -73,7 +76,7 @@ class DifferentialAttentionV2(Attention):
         return (2 * num_query_heads,), (num_kv_heads,), (num_query_heads, head_dim)
 
     def attend(
-        self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array, depth: Array
+        self, x: Array, query: Array, key: Array, value: Array, segment_ids: Array | CachedRows, depth: Array
     ) -> Float[Array, "B T N W"]:
         weight: Array = project("btd,dn->btn", x, self.lambda_projection[...])  # pyright: ignore[reportAssignmentType]
         weight = jax.nn.sigmoid(weight.astype(jnp.float32))

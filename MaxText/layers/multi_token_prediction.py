@@ -45,10 +45,14 @@ class Head(nnx.Module):
         Args:
             layer_inputs: what a decoder layer takes after x.
         """
+        state = self.joined(state, tokens)
+        return self.block(state, *layer_inputs) if hasattr(self, "block") else state
+
+    def joined(self, state: Float[Array, "B T D"], tokens: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """State and token projected to one width."""
         both = jnp.concatenate([self.hidden_norm(state), self.token_norm(tokens)], axis=-1)
         state = project("btc,cd->btd", both, self.projection[...])  # pyright: ignore[reportAssignmentType]
-        state = shard(state, "activation_batch", "activation_length", "activation_embed")
-        return self.block(state, *layer_inputs) if hasattr(self, "block") else state
+        return shard(state, "activation_batch", "activation_length", "activation_embed")
 
 
 class MultiTokenPrediction(nnx.Module):

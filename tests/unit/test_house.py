@@ -20,6 +20,7 @@ LAYERS = {
     "MaxText.pyconfig": 0,
     "MaxText.config_files": 0,
     "MaxText.config_rules": 0,
+    "MaxText.config_generation_rules": 0,
     "MaxText.hardware": 0,
     "MaxText.compiler_options": 0,
     "MaxText.kernels.*": 0,
@@ -51,8 +52,9 @@ LAYERS = {
     "MaxText.checkpointing": 5,
     "MaxText.checkpoint_space": 5,
     "MaxText.corruption": 5,
-    "MaxText.inference.*": 5,
+    "MaxText.inference.*": 6,
     "MaxText.evaluation.*": 6,
+    "MaxText.evaluation.checkpoints": 7,
     "MaxText.train_report": 6,
     "MaxText.job": 6,
     "MaxText.aot.*": 7,
@@ -65,6 +67,8 @@ LAYERS = {
     "MaxText.run_record": 7,
     "MaxText.train": 9,
     "MaxText.decode": 9,
+    "MaxText.decode_compile": 9,
+    "MaxText.serve": 9,
     "MaxText.evaluate": 9,
     "MaxText.export_hf": 9,
     "MaxText.prepare_data": 9,
@@ -76,7 +80,15 @@ LAYERS = {
 }
 ENTRY_LAYER = 9
 # One concern in several files, which may import each other as the files of a subpackage may.
-SIBLINGS = ({"MaxText.pyconfig", "MaxText.config_files", "MaxText.config_rules", "MaxText.config_changes"},)
+SIBLINGS = (
+    {
+        "MaxText.pyconfig",
+        "MaxText.config_files",
+        "MaxText.config_rules",
+        "MaxText.config_changes",
+        "MaxText.config_generation_rules",
+    },
+)
 
 # Who must not import what, at any depth: (modules, what, except these modules).
 FORBIDDEN_IMPORTS = (

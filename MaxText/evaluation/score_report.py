@@ -1,0 +1,122 @@
+"""The scores of checkpoints as lines of JSON, in words, as a table and as a picture.
+
+A record is {"run", "task", "step", "tokens", "num_samples", "scores", "settings"}; of a score that has one,
+`scores` holds the standard error under `<name>_standard_error`.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FILE, PICTURE = "scores.jsonl", "scores.png"
+_ERROR = "_standard_error"
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+# What a task is judged by, the first that there is.
+_MAIN = ("pass@1", "exact_match", "bits_per_byte", "loss")
+
+
+def read(directory: Path) -> dict[int, dict[str, Any]]:
+    """The records of a directory by step.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = directory / FILE
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines]
+        return {record["step"]: record for record in sorted(records, key=lambda record: record["step"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and it is made again from the samples") from error
+
+
+def add(directory: Path, record: dict[str, Any]) -> None:
+    """Adds a record, or puts it in the place of the step's old one."""
+    records = read(directory) | {record["step"]: record}
+    partial = directory / f".{FILE}.{os.getpid()}"
+    partial.write_text("".join(json.dumps(records[step]) + "\n" for step in sorted(records)))
+    partial.replace(directory / FILE)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record in words."""
+    return f"checkpoint {record['step']:,} ({record['tokens'] / 1e6:,.1f}M tokens): {_scores(record)}"
+
+
+def table(records: Iterable[dict[str, Any]]) -> str:
+    """Records as a table for a terminal, and for Markdown."""
+    rows = [("run", "task", "step", "tokens", "n", "scores")]
+    for r in records:
+        rows.append((r["run"], r["task"], f"{r['step']:,}", f"{r['tokens']:,}", str(r["num_samples"]), _scores(r)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def summary(run_directory: Path) -> list[str]:
+    """All that was ever scored of a run, and the best checkpoint by each task and settings.
+
+    Raises:
+        ValueError: nothing was.
+    """
+    found = [directory for directory in sorted((run_directory / "evaluation").glob("*")) if (directory / FILE).exists()]
+    if not found:
+        raise ValueError(f"no checkpoint of {run_directory} was scored yet: python MaxText/evaluate.py {run_directory}")
+    lines = []
+    for directory in found:
+        records = list(read(directory).values())
+        settings = records[0]["settings"]
+        told = ", ".join(f"{key}={settings[key]}" for key in ("temperature", "top_p", "max_tokens", "dtype"))
+        lines += [f"{directory} ({told})", table(records), _best(records), ""]
+    return lines[:-1]
+
+
+def draw(directory: Path, title: str) -> str:
+    """Draws the scores against tokens with error bars of one standard error; says where, or why not."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no picture: matplotlib is not installed"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = list(read(directory).values())
+    names = [name for name in records[0]["scores"] if not name.endswith(_ERROR)]
+    if "bits_per_byte" in names:
+        names = ["bits_per_byte"]  # another scale than the loss, and the one to compare
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name in names:
+        having = [record for record in records if name in record["scores"]]
+        errors = [record["scores"].get(name + _ERROR, 0.0) for record in having]
+        points = [record["scores"][name] for record in having]
+        axes.errorbar([r["tokens"] for r in having], points, errors, marker="o", capsize=3, label=name)
+    axes.set(xlabel="tokens", ylabel="score", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(directory / PICTURE, dpi=120)
+    pyplot.close(figure)
+    return f"Picture: {directory / PICTURE}; scores: {directory / FILE}"
+
+
+def _scores(record: dict[str, Any]) -> str:
+    scores = record["scores"]
+    percent = record["task"] != "heldout"
+    told = []
+    for name in (name for name in scores if not name.endswith(_ERROR)):
+        error = scores.get(name + _ERROR)
+        value = f"{100 * scores[name]:.2f}%" if percent else f"{scores[name]:.4f}"
+        told.append(f"{name} {value}" + (f" ± {100 * error:.2f}" if error is not None and percent else ""))
+    return ", ".join(told)
+
+
+def _best(records: list[dict[str, Any]]) -> str:
+    name = next(name for name in (*_MAIN, *records[0]["scores"]) if name in records[0]["scores"])
+    choose = min if name in _LOWER_IS_BETTER else max
+    best = choose(records, key=lambda record: record["scores"].get(name, float("inf" if choose is min else "-inf")))
+    others = [r for r in records if r is not best and name in r["scores"]]
+    error = best["scores"].get(name + _ERROR, 0.0)
+    near = [r["step"] for r in others if error and abs(r["scores"][name] - best["scores"][name]) <= error]
+    note = f"; within one standard error: {', '.join(map(str, near))}" if near else ""
+    return f"best by {name}: checkpoint {best['step']}{note}"

@@ -1,0 +1,135 @@
+"""Compares generation with `transformers`' generate: the same weights, greedy, in one process, in turns.
+
+In: a config that transformers has a model for, prompt length, new tokens, batch sizes, rounds. Out: one JSON line for
+each batch size: tokens/s of both, with the prompt and of writing alone, the ratios, and whether the texts agree.
+Run it from the repository's root: python -m benchmarks.generation
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from datetime import UTC, datetime
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from MaxText import hf_weights, models, pyconfig, sharding
+from MaxText.inference import batcher, program, weights
+
+GREEDY = batcher.Sampling(0.0, 0, 1.0, 0.0)
+
+
+class NoTokenizer:
+    """Tokens without text, and no end."""
+
+    name, fingerprint, eos_id, special_ids = "none", "", -1, {}
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def encode(self, texts):
+        raise NotImplementedError
+
+    def decode(self, ids):
+        return "x" * len(ids)
+
+    def token_bytes(self):
+        raise NotImplementedError
+
+
+def torch_model(config, params):
+    """A transformers Llama with these weights."""
+    shape = transformers.LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.base_emb_dim, intermediate_size=config.base_mlp_dim,
+        num_hidden_layers=config.base_num_decoder_layers, num_attention_heads=config.base_num_query_heads,
+        num_key_value_heads=config.base_num_kv_heads, head_dim=config.head_dim,
+        rms_norm_eps=config.normalization_layer_epsilon, tie_word_embeddings=config.logits_via_embedding,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_max_timescale},
+        max_position_embeddings=config.max_target_length, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(shape).eval()
+    exported = hf_weights.to_hugging_face(jax.tree.map(np.asarray, params))
+    model.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in exported.items()}, strict=False)
+    return model
+
+
+def ours(made, prompts, num_tokens):
+    """(texts, seconds)."""
+    completions = [batcher.Completion(0) for _ in prompts]
+    begin = time.perf_counter()
+    for prompt, completion in zip(prompts, completions, strict=True):
+        made.submit(batcher.Request(prompt.tolist(), num_tokens, GREEDY, (), [completion]))
+    made.run()
+    return [completion.tokens for completion in completions], time.perf_counter() - begin
+
+
+def theirs(model, prompts, num_tokens):
+    """(texts, seconds)."""
+    ids = torch.from_numpy(prompts.astype(np.int64))
+    keys = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False, "use_cache": True}
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **keys)
+    return out[:, prompts.shape[1] :].tolist(), time.perf_counter() - begin
+
+
+def compare(config, model, params, batch, args):
+    """The record of one batch size."""
+    made_program = program.Program(config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
+    with jax.set_mesh(made_program.mesh):
+        cut = weights.unstacked(jax.tree.map(lambda x: x + 0, params))
+    tokenizer = NoTokenizer(config.vocab_size)
+    context = args.prompt_tokens + args.new_tokens
+    made = batcher.Batcher(made_program, cut, tokenizer, num_rows=batch, context=context)
+    prompts = np.random.default_rng(0).integers(1, config.vocab_size, (batch, args.prompt_tokens)).astype(np.int32)
+    systems = {"ours": lambda n: ours(made, prompts, n), "transformers": lambda n: theirs(model, prompts, n)}
+    texts = {name: system(args.new_tokens)[0] for name, system in systems.items()}  # warm
+    seconds = {(name, n): [] for name in systems for n in (1, args.new_tokens)}
+    for _ in range(args.rounds):
+        for (name, n), times in seconds.items():
+            times.append(systems[name](n)[1])
+    middle = {key: statistics.median(times) for key, times in seconds.items()}
+    record = {"batch": batch, "same_texts": texts["ours"] == texts["transformers"]}
+    for name in systems:
+        first, whole = middle[name, 1], middle[name, args.new_tokens]
+        record |= {
+            f"{name}_first_token_seconds": round(first, 4),
+            f"{name}_write_tokens_per_second": round(batch * (args.new_tokens - 1) / (whole - first), 1),
+            f"{name}_tokens_per_second": round(batch * args.new_tokens / whole, 1),
+        }
+    keys = ("write_tokens_per_second", "tokens_per_second")
+    return record | {f"ratio_{key}": round(record[f"ours_{key}"] / record[f"transformers_{key}"], 2) for key in keys}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/validate_10m.yml")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=129)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", help="append the lines to this file, too")
+    args = parser.parse_args()
+    config = pyconfig.initialize([args.config, "dtype=float32"], {})
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    params = jax.jit(lambda key: models.initial_params(config, key))(jax.random.key(0))
+    model = torch_model(config, params)
+    machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    shape = {"config": args.config, "dtype": "float32", "prompt": args.prompt_tokens, "new": args.new_tokens}
+    for batch in args.batch:
+        when = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        line = json.dumps(when | machine | versions | shape | compare(config, model, params, batch, args))
+        print(line, flush=True)
+        if args.out:
+            with open(args.out, "a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
