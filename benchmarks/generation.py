@@ -41,6 +41,9 @@ class NoTokenizer:
     def token_bytes(self):
         raise NotImplementedError
 
+    def save(self, directory):
+        raise NotImplementedError
+
 
 def torch_model(config, params):
     """A transformers Llama with these weights."""

@@ -30,6 +30,9 @@ class ByteTokenizer:
     def token_bytes(self):
         return np.ones(self.vocab_size, np.int32)
 
+    def save(self, directory):
+        raise NotImplementedError
+
 
 def make_batcher(num_rows=4, num_guesses=0, context=100, seed=0, mesh=None, **keys) -> batcher.Batcher:
     """Around a small model with random weights, larger than usual, so that its texts are no constants."""

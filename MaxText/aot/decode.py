@@ -29,7 +29,8 @@ def compile_steps(config: FrozenConfigDict) -> dict[str, Any]:
     if not config.compile_topology:
         raise ValueError("compile_topology is not given; such as compile_topology=v5e-1 or v6e-1")
     topology = topologies.parse(config.compile_topology)
-    mesh = sharding.make_mesh([config[key] for key in config_rules.MESH_KEYS], topologies.devices(topology))
+    sizes = [config[key] for key in config_rules.MESH_KEYS]
+    mesh = sharding.make_mesh(sizes, topologies.devices(topology, num_slices=1))
     program = Program(config, mesh, config.speculative_tokens)
     with jax.set_mesh(mesh):
         params = weights.abstract_params(config, program.model, mesh)
@@ -97,8 +98,8 @@ def run(config: FrozenConfigDict, emit: Callable[[str], None]) -> int:
     emit(f"Estimated step: {1e3 * step:.2f} ms, {found['estimated_tokens_per_second']:,.0f} tokens/s")
     emit(
         f"Roofline: {found['weight_bytes'] / 1e9:.2f} GB of weights and {found['memory_bytes'] / 1e9:.2f} GB of "
-        f"memories take at least {1e3 * least:.2f} ms, {found['roofline_tokens_per_second']:,.0f} tokens/s; the estimate is "
-        f"{least / step:.0%} of that. No TPU has confirmed it"
+        f"memories take at least {1e3 * least:.2f} ms, {found['roofline_tokens_per_second']:,.0f} tokens/s; the "
+        f"estimate is {least / step:.0%} of that. No TPU has confirmed it"
     )
     name = f"decode-{config.compile_topology}-{config.decode_rows}.json"
     path = Path(schedule_plan.run_directory(config)) / "compile" / name

@@ -41,9 +41,9 @@ def prompt_ids(tokenizer: Tokenizer, text: str, suffix: str) -> list[int]:
 class Healer:
     """Takes back a prompt's last token, where text that went on would have been cut into tokens elsewhere.
 
-    A tokenizer may join what ends the prompt with what follows: `:` and the newline with its indentation, say. The model
-    never saw such a prompt's last token followed by that. So the token is left to the model, among all tokens that
-    begin with its text.
+    A tokenizer may join what ends the prompt with what follows: `:` and the newline with its indentation, say. The
+    model never saw such a prompt's last token followed by that. So the token is left to the model, among all tokens
+    that begin with its text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):

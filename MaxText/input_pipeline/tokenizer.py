@@ -248,13 +248,6 @@ def _special_ids(find: Callable[[str], int | None]) -> dict[str, int]:
     return found
 
 
-def _special_ids(find: Callable[[str], int | None]) -> dict[str, int]:
-    """The ids of the roles for which a spelling is found."""
-    spelled = {role: (find(spelling.format(role)) for spelling in SPELLINGS) for role in ROLES}
-    first = {role: next((id_ for id_ in ids if id_ is not None), None) for role, ids in spelled.items()}
-    return {role: id_ for role, id_ in first.items() if id_ is not None}
-
-
 def _sentencepiece_bytes(piece: str) -> int:
     """The bytes a SentencePiece piece stands for: U+2581 is a blank, <0x0A> one byte."""
     return 1 if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece) else len(piece.replace("\u2581", " ").encode())

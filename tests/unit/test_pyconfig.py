@@ -37,10 +37,10 @@ def write(path, text):
 # ---- base.yml, the manual
 
 
-def test_every_key_has_a_comment_and_a_section_and_there_are_at_most_130():
+def test_every_key_has_a_comment_and_a_section_and_there_are_at_most_150():
     keys = config_files.manual()
     assert list(keys) == list(yaml.safe_load(config_files.BASE_PATH.read_text()))
-    assert len(keys) <= 130
+    assert len(keys) <= 150
     for key in keys.values():
         assert key.comment, f"{key.name} has no comment in base.yml"
         assert key.section, f"{key.name} stands in no section of base.yml"

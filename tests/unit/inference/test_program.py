@@ -113,7 +113,7 @@ def test_what_the_first_head_guesses_is_what_it_says_without_memories(attention_
         settings = program.Settings(np.float32(0), np.int32(0), np.float32(1), np.float32(0), np.uint32(0))
         one = (settings, np.bool_(False), np.ones(made.config.vocab_size, bool))
         rows = made.empty_rows(2, 64)
-        rows = made.place(rows, memories, np.int32(1), np.int32(10), np.int32(prompt[-1]), one))
+        rows = made.place(rows, memories, np.int32(1), np.int32(10), np.int32(prompt[-1]), one)
         written = []
         while len(written) < 8:
             rows, steps = made.write(cut, rows, 1)
