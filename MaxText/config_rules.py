@@ -44,7 +44,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
         grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row
         compile_topology_num_slices max_tokens num_samples best_of decode_rows infilling_problems
-        infilling_max_lines serve_max_queue serve_max_body_bytes""",
+        infilling_max_lines serve_max_queue""",
     ),
     (
         "at least 0",

@@ -29,6 +29,7 @@ from MaxText.inference.runs import LoadedModel
 
 _LOG = logging.getLogger("MaxText")
 HOST = "127.0.0.1"
+MAX_BODY_BYTES = 1_000_000
 SECONDS_TO_FINISH = 5  # for answers under way when the server is asked to end
 
 
@@ -120,12 +121,11 @@ class Server:
         return {"id": self.name, "object": "model", "created": 0, "owned_by": "local", "step": self.step}
 
     async def _body(self, http: HttpRequest) -> bytes:
-        limit = self.config.serve_max_body_bytes
         body = bytearray()
         async for chunk in http.stream():
             body += chunk
-            if len(body) > limit:
-                raise api.Refused(f"the body is longer than {limit:,} bytes", None, 413)
+            if len(body) > MAX_BODY_BYTES:
+                raise api.Refused(f"the body is longer than {MAX_BODY_BYTES:,} bytes", None, 413)
         return bytes(body)
 
     def _submit(self, asked: api.Asked) -> "asyncio.Queue[api.Piece]":

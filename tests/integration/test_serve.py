@@ -23,9 +23,7 @@ PROMPT = "def f(x):"
 def served():
     """(port, server) of a small model with random weights."""
     made = generation.make_batcher(num_rows=8, vocab_padding=100)
-    config = support.small_config(
-        vocab_size=256, vocab_padding=100, temperature=0.7, top_p=1.0, serve_max_queue=200, serve_max_body_bytes=20000
-    )
+    config = support.small_config(vocab_size=256, vocab_padding=100, temperature=0.7, top_p=1.0, serve_max_queue=200)
     made.warm_up()
     loaded = runs.LoadedModel(config, made.program, made.weights, made.tokenizer, step=3)
     listener = socket.create_server((server.HOST, 0))
@@ -180,7 +178,7 @@ BAD = {
     "not supported": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not supported"),
     "stop of nothing": ({"prompt": "a", "stop": ""}, 400, "stop: must be text"),
     "best of a stream": ({"prompt": "a", "best_of": 3, "stream": True}, 400, "cannot be streamed"),
-    "a body too large": ({"prompt": "a" * 30000}, 413, "longer than 20,000 bytes"),
+    "a body too large": ({"prompt": "a" * 1_100_000}, 413, "longer than 1,000,000 bytes"),
 }
 
 

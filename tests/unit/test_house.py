@@ -80,7 +80,6 @@ LAYERS = {
 }
 ENTRY_LAYER = 9
 # One concern in several files, which may import each other as the files of a subpackage may.
-<<<<<<< HEAD
 SIBLINGS = (
     {
         "MaxText.pyconfig",
@@ -90,9 +89,6 @@ SIBLINGS = (
         "MaxText.config_generation_rules",
     },
 )
-=======
-SIBLINGS = ({"MaxText.pyconfig", "MaxText.config_files", "MaxText.config_rules", "MaxText.config_generation_rules"},)
->>>>>>> 354213c (Generation: fixes)
 
 # Who must not import what, at any depth: (modules, what, except these modules).
 FORBIDDEN_IMPORTS = (
