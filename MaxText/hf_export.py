@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import FrozenConfigDict
 
-from MaxText import flops, hf_directory, models, trained
-from MaxText.input_pipeline import tokenizer
-from MaxText.trained import Trained
+from MaxText import checkpointing, flops, hf_directory, job
+from MaxText.inference import runs
 
-USAGE = """usage: python MaxText/export_hf.py RUN OUT [dtype=float32|bfloat16]
+USAGE = """usage: python MaxText/export_hf.py RUN OUT [dtype=float32|bfloat16] [key=value ...]
 
   RUN    a run directory (its newest checkpoint is exported) or one of its checkpoints
   OUT    the directory to write; it must not exist or be empty
-  dtype  of the weights in the files; float32, the default, is exact"""
+  dtype  of the weights in the files; float32, the default, is exact
+  key    of configs/base.yml, such as rope_factor=4 max_target_length=8192 for a longer context by YaRN"""
 DTYPES = ("float32", "bfloat16")
 
 
@@ -30,47 +31,48 @@ def main(argv: list[str], emit: Callable[[str], None]) -> int:
     if {"-h", "--help"} & set(argv):
         emit(USAGE)
         return 0
-    settings = dict(word.split("=", 1) for word in argv if "=" in word)
+    dtypes = [word.removeprefix("dtype=") for word in argv if word.startswith("dtype=")] or ["float32"]
+    settings = [word for word in argv if "=" in word and not word.startswith("dtype=")]
     paths = [word for word in argv if "=" not in word]
-    dtype = settings.pop("dtype", "float32")
-    if len(paths) != 2 or settings or dtype not in DTYPES:
+    if len(paths) != 2 or dtypes[-1] not in DTYPES:
         emit(f"error: cannot understand {' '.join(argv) or 'no arguments'}\n\n{USAGE}")
         return 2
-    export(Path(paths[0]), Path(paths[1]), dtype, emit)
+    export(runs.find([paths[0], *settings]), Path(paths[1]).expanduser(), dtypes[-1], emit)
     return 0
 
 
-def export(run: Path, out: Path, dtype: str, emit: Callable[[str], None]) -> None:
-    """Writes the model of the run's newest checkpoint, or of the checkpoint given, to `out`.
+def export(run: runs.TrainedRun, out: Path, dtype: str, emit: Callable[[str], None]) -> None:
+    """Writes the model of the run's newest checkpoint, or of the one that was named, to `out`.
 
     Raises:
         ValueError, OSError: the run cannot be read or exported, or `out` is not empty.
     """
-    out = out.expanduser()
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; give a directory that does not exist yet")
-    opened = trained.load(run, jax.devices()[:1], {})
-    words = tokenizer.load(opened.tokenizer_path) if opened.tokenizer_path else None
-    params = jax.device_get(opened.params)
-    hf_directory.write(out, opened.config, params, dtype, None if words is None else words.eos_id)
+    step = run.newest()
+    config, info = run.config(step), run.info(step)
+    state = job.make_job(config, jax.devices()[:1]).abstract_state
+    params = jax.device_get(checkpointing.restore_params(run.step_directory(step), state, config.to_dict()))
+    words = runs.load_tokenizer(run, step, config) if info["tokenizer"] else None
+    hf_directory.write(out, config, params, dtype, None if words is None else words.eos_id)
     if words is not None:
-        _save_tokenizer(opened.tokenizer_path, out)
-    card = model_card(opened, dtype, has_tokenizer=words is not None)
-    (out / "README.md").write_text(card)
+        _save_tokenizer(words.name, out)
+    count = str(flops.count_parameters(params))
+    (out / "README.md").write_text(model_card(run, step, config, count, dtype))
     size = sum(file.stat().st_size for file in out.iterdir())
-    emit(f"Exported step {opened.step:,} of {opened.directory.parent.parent} to {out}: {size / 1e6:,.1f} MB, {dtype}")
+    emit(f"Exported step {step:,} of {run.directory} to {out}: {size / 1e6:,.1f} MB, {dtype}")
     emit(f"Load it with transformers.AutoModelForCausalLM.from_pretrained({os.fspath(out)!r})")
 
 
-def model_card(opened: Trained, dtype: str, has_tokenizer: bool) -> str:
+def model_card(run: runs.TrainedRun, step: int, config: FrozenConfigDict, parameters: str, dtype: str) -> str:
     """What the model is, what it was trained on, and how good it is, with the numbers its run recorded."""
-    config, info, step = opened.config, opened.info, opened.step
+    info = run.info(step)
     saved = info["config"]
-    last = _recorded(opened.directory.parent.parent / "metrics" / "metrics.jsonl", step)
+    last = _recorded(run.directory / "metrics" / "metrics.jsonl", step)
     tokens = step * info["tokens_per_step"]
     rows = {
         "Architecture": hf_directory.ARCHITECTURES[config.attention_type][1],
-        "Parameters": str(flops.count_parameters(models.abstract(config).params)),
+        "Parameters": parameters,
         "Data": info["data"],
         "Steps": f"{step:,} of {saved['steps']:,}",
         "Tokens seen": f"{tokens:,} ({info['tokens_per_step']:,} a step, sequences of {saved['max_target_length']:,})",
@@ -86,7 +88,7 @@ def model_card(opened: Trained, dtype: str, has_tokenizer: bool) -> str:
         notes.append(
             f"`{hf_directory.EXTRA}` has the multi-token prediction weights, for which the architecture has no place."
         )
-    if not has_tokenizer:
+    if not info["tokenizer"]:
         notes.append("It was trained on random tokens, so there is no tokenizer.")
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [code, python]\n---"
     return "\n\n".join([f"{front}\n# {saved['run_name']}", f"| | |\n|---|---|\n{table}", *notes]) + "\n"

@@ -135,22 +135,6 @@ def to_yaml(config: ml_collections.ConfigDict) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def checked_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The values as they are, once it is certain that they can be a config: ranges, and rules between keys.
-
-    Raises:
-      ConfigError: with every problem found.
-    """
-    keys = manual()
-    outside = config_rules.out_of_range(values)
-    problems = [f"{key}={_text(values[key])}: must be {rule}" for key, rule in outside.items()]
-    defaults = {key.name: key.default for key in keys.values()}
-    problems += config_rules.contradictions(values, defaults, ignore=outside)
-    if problems:
-        raise ConfigError(problems)
-    return values
-
-
 def _checked(arguments: _Arguments, environ: Mapping[str, str]) -> ml_collections.FrozenConfigDict:
     if arguments.path is None:
         there = ", ".join(config_files.config_files())

@@ -305,7 +305,7 @@ def test_hostile_names_arrive_as_they_are(world, tmp_path, name):
     assert not list(tmp_path.rglob("PWNED"))
 
 
-@pytest.mark.parametrize("name", set(HOSTILE) - {"newline"})
+@pytest.mark.parametrize("name", sorted(set(HOSTILE) - {"newline"}))
 def test_hostile_names_arrive_in_a_job(world, tmp_path, name, in_process, monkeypatch):
     monkeypatch.setattr(job, "POLL_SECONDS", 0.2)
     word = HOSTILE[name]

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from MaxText import hf_directory, trained
+from MaxText import checkpointing, hf_directory, job
+from MaxText.inference import runs
 from tests import support
 
 KEYS = {
@@ -57,6 +58,15 @@ def run(argv: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, cwd="/")
 
 
+def opened_run(directory: pathlib.Path, *settings: str):
+    """(the job that reads a run's newest checkpoint, its parameters as numpy arrays)."""
+    run = runs.find([str(directory), *settings])
+    config = run.config(run.newest())
+    opened = job.make_job(config, jax.devices()[:1])
+    step = run.step_directory(run.newest())
+    return opened, jax.device_get(checkpointing.restore_params(step, opened.abstract_state, config.to_dict()))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(the directory above the run, what the run printed)."""
@@ -86,7 +96,7 @@ def test_epochs_decide_the_steps_and_every_epoch_is_kept(finished):
     assert line.endswith(f"= {last}") and last > 12
     assert "learning_rate=auto: 3e-4 x sqrt(1.5e9 / " in printed
     assert steps(directory / "run") == [windows // 32, last]
-    info = trained.load(directory / "run", jax.devices()[:1], {}).info
+    info = runs.find([str(directory / "run")]).info(last)
     assert (info["config"]["steps"], info["config"]["learning_rate"]) == (last, 1e-3)
 
 
@@ -119,7 +129,7 @@ def test_exported_it_is_the_same_model_in_transformers(finished, tmp_path):
     out = tmp_path / "exported"
     done = run(command("export_hf.py", directory / "run", out))
     assert done.returncode == 0, done.stderr
-    opened = trained.load(directory / "run", jax.devices()[:1], {"dtype": "float32"})
+    opened, params = opened_run(directory / "run", "dtype=float32")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert type(theirs).__name__ == "DiffLlamaForCausalLM"
     assert not any(report.values())
@@ -128,7 +138,7 @@ def test_exported_it_is_the_same_model_in_transformers(finished, tmp_path):
     ones = np.ones_like(ids)
     with jax.set_mesh(opened.mesh):
         inputs = jax.device_put((ids, np.arange(ids.size, dtype=np.int32)[None], ones))
-        ours = opened.model.merge(opened.params).logits(*inputs)
+        ours = opened.model.merge(params).logits(*inputs)
     with torch.no_grad():
         logits = theirs.float()(torch.tensor(ids)).logits.numpy()
     assert logits.shape[-1] == 512  # without the ids that no token has
@@ -145,8 +155,7 @@ def test_reading_it_back_is_exact_and_training_starts_from_it(finished, tmp_path
     directory, _ = finished
     out = tmp_path / "exported"
     assert run(command("export_hf.py", directory / "run", out)).returncode == 0
-    opened = trained.load(directory / "run", jax.devices()[:1], {})
-    params = jax.device_get(opened.params)
+    opened, params = opened_run(directory / "run")
     jax.tree.map(np.testing.assert_array_equal, hf_directory.read(out, opened.config, opened.model.params), params)
     keys = {"tokenizer_path": directory / "first" / "tokenizer", "load_parameters_path": out, "run_name": "second"}
     done = run(train_command(directory, **keys, num_epoch=-1, steps=1, learning_rate=1e-9, dropout_rate=0.0))
@@ -165,7 +174,7 @@ def test_reading_it_back_is_exact_and_training_starts_from_it(finished, tmp_path
 def test_what_cannot_be_exported_is_said(tmp_path):
     assert run(command("export_hf.py")).returncode == 2
     done = run(command("export_hf.py", tmp_path / "nothing", tmp_path / "out"))
-    assert done.returncode == 1 and "no checkpoint there" in done.stderr
+    assert done.returncode == 1 and "is no run" in done.stderr
     config = support.small_config(attention_type="differential_v2", use_qk_norm=True, base_num_kv_heads=2)
     with pytest.raises(ValueError, match=r"differential_v2.*standard and differential.*use_qk_norm"):
         hf_directory.write(tmp_path, config, {}, "float32", None)

@@ -59,7 +59,6 @@ LAYERS = {
     "MaxText.job": 6,
     "MaxText.aot.*": 7,
     "MaxText.preparation.*": 7,
-    "MaxText.trained": 7,
     "MaxText.hf_export": 8,
     "MaxText.train_loop": 8,
     "MaxText.batch_feed": 7,
