@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import FrozenConfigDict
 
-from MaxText import checkpointing, config_files, config_rules, pyconfig, schedule_plan, sharding
+from MaxText import checkpoint_manifest, checkpointing, config_files, config_rules, pyconfig, schedule_plan, sharding
 from MaxText.inference import weights
 from MaxText.inference.program import Program
 from MaxText.inference.weights import Weights
@@ -37,7 +37,7 @@ class TrainedRun:
 
     def steps(self) -> list[int]:
         """Its checkpoints, the oldest first."""
-        return checkpointing.steps_in(self.directory / "checkpoints")[::-1]
+        return checkpoint_manifest.steps_in(self.directory / "checkpoints")[::-1]
 
     def step_directory(self, step: int) -> Path:
         """Where a checkpoint lies."""

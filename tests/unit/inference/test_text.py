@@ -102,8 +102,8 @@ def test_a_prompt_with_a_gap():
 
 def test_a_last_token_that_text_may_go_on_with_is_left_to_the_model():
     heal = text.Healer(PieceTokenizer(12), 14)
-    assert heal([3, 0, 1]) == ([3, 0], "\n", heal([3, 0, 1])[2])
-    assert list(heal([3, 0, 1])[2].nonzero()[0]) == [1, 2]
+    prompt, again, allowed = heal([3, 0, 1])
+    assert (prompt, again, list(allowed.nonzero()[0])) == ([3, 0], "\n", [1, 2])
     for stays in ([3, 0, 2], [1], [3, 5], [3, 11]):  # no longer one, nothing before it, not a whole character
         assert heal(stays) == (stays, "", None)
     growing = text.GrowingText(PieceTokenizer(), [3, 0], ["\nde"], "\n")
