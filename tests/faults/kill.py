@@ -104,9 +104,10 @@ class Harness:
         self.cache = cache
         self.random = random.Random(seed)
         write_data(folder / "data")
-        begin = time.monotonic()
         self.expected = self._run_to_the_end("untouched", asynchronous=True)
-        self.seconds = time.monotonic() - begin  # of a whole run
+        begin = time.monotonic()
+        assert self._run_to_the_end("again", asynchronous=False) == self.expected
+        self.seconds = time.monotonic() - begin  # of a whole run, compiled before
 
     def command(self, name: str, asynchronous: bool) -> list[str]:
         keys = KEYS | {
