@@ -1,6 +1,7 @@
 """The short version of kill.py: a few instants, seeded."""
 
 import itertools
+import os
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.faults import kill
 
 
 @pytest.mark.faults
+@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="half a minute; LONG_TESTS=1 runs it")
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(tmp_path, user_environment):
     harness = kill.Harness(tmp_path, user_environment, support.ROOT / ".pytest_cache/jax_kill", seed=2)
     kills = harness.run_with_kills("killed", 4)

@@ -1,4 +1,4 @@
-"""The main job as a user runs it, in subprocesses: it learns, resumes, stops on SIGTERM, and
+"""The main job as a user runs it, in subprocesses: it learns, resumes bit for bit after kill -9, stops on SIGTERM, and
 says what is wrong when something is.
 """
 
@@ -120,6 +120,34 @@ def test_a_run_prints_what_it_must(command, tmp_path):
     again = run(command, steps=40)
     assert again.returncode == 0
     assert "The run is complete: 40 steps are done" in again.stdout
+
+
+def test_kill_9_and_resume_is_bit_exact(command, tmp_path):
+    keys = {"steps": 40, "checkpoint_period": 5, "dtype": "bfloat16"}
+    whole = run(command, run_name="whole", **keys)
+    assert whole.returncode == 0, whole.stderr
+
+    argv, environment = command
+    rng = np.random.default_rng(0)
+    killed_at = []
+    for _ in range(3):
+        process = subprocess.Popen(argv(run_name="killed", **keys), env=environment, stdout=subprocess.PIPE, text=True)
+        stop_after = (killed_at[-1] if killed_at else 0) + int(rng.integers(7, 11))
+        for line in process.stdout:
+            match = LINE.match(line)
+            if match and int(match[1]) >= stop_after:
+                process.send_signal(signal.SIGKILL)
+                break
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        killed_at.append(max(losses(tmp_path / "killed")))
+    assert killed_at[-1] < 40
+    last = run(command, run_name="killed", **keys)
+    assert last.returncode == 0, last.stderr
+    assert "Resuming after step " in last.stdout
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    digests = [arrays_digest(tmp_path / name / "checkpoints/40") for name in ("killed", "whole")]
+    assert digests[0] == digests[1]
 
 
 def test_sigterm_saves_and_the_same_command_resumes(command, tmp_path):
