@@ -40,6 +40,11 @@ class Piece:
     size: int
     version: str
 
+    @property
+    def text_size(self) -> int:
+        """Bytes of text in it, roughly."""
+        return self.size * (COMPRESSION if self.path.endswith(COMPRESSED) else 1)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -52,7 +57,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+        return sum(piece.text_size for piece in self.pieces)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -101,7 +106,8 @@ def find_units(source: str, unit_bytes: int, log: Callable[[str], None]) -> list
         size = sum(unit.size for unit in units)
         chosen = f"{kind}:{place}" if place else kind
         note = f" (number {len(failures) + 1} of the {len(chain)} given)" if len(chain) > 1 else ""
-        log(f"SOURCE: {chosen}{note}: {len(pieces):,} pieces, {size / 1e6:,.1f} MB, {len(units):,} units of work")
+        amount = f"{len(pieces):,} pieces, about {size / 1e6:,.1f} MB of text, {len(units):,} units of work"
+        log(f"SOURCE: {chosen}{note}: {amount}")
         return units
     raise ValueError("no source can be read:" + "".join(f"\n  - {failure}" for failure in failures))
 
@@ -122,12 +128,11 @@ def _group(pieces: Iterable[Piece], unit_bytes: int) -> Iterator[tuple[Piece, ..
     group: list[Piece] = []
     size = 0
     for piece in pieces:
-        weight = piece.size * (COMPRESSION if piece.path.endswith(COMPRESSED) else 1)
-        if group and size + weight > unit_bytes:
+        if group and size + piece.text_size > unit_bytes:
             yield tuple(group)
             group, size = [], 0
         group.append(piece)
-        size += weight
+        size += piece.text_size
     yield tuple(group)
 
 

@@ -333,17 +333,25 @@ class TokenBlockReader:
         Raises:
             ValueError: a record is damaged.
         """
-        first = start // self._block_tokens
-        last = (start + size - 1) // self._block_tokens
-        read = self._readers[shard].read
-        try:  # one record a call: a longer range starts threads, which costs more than it saves
-            data = read(first, first + 1)[0]
-            for record in range(first + 1, last + 1):
-                data += read(record, record + 1)[0]
-        except Exception as error:
-            raise ValueError(f"{self._paths[shard]}: records {first} to {last} are damaged ({error})") from error
-        begin = (start - first * self._block_tokens) * self._itemsize
-        return data[begin : begin + size * self._itemsize]
+        return self.read_many(np.array([shard]), np.array([start]), np.array([size]))[0]
+
+    def read_many(self, shards: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> list[bytes]:
+        """As `read`, for each of several stretches; none may be empty."""
+        firsts = starts // self._block_tokens
+        lasts = (starts + sizes - 1) // self._block_tokens
+        begins = (starts - firsts * self._block_tokens) * self._itemsize
+        columns = (shards, firsts, lasts, begins, begins + sizes * self._itemsize)
+        pieces = []
+        for shard, first, last, begin, end in zip(*(column.tolist() for column in columns), strict=True):
+            read = self._readers[shard].read
+            try:  # one record a call: a longer range starts threads, which costs more than it saves
+                data = read(first, first + 1)[0]
+                for record in range(first + 1, last + 1):
+                    data += read(record, record + 1)[0]
+            except Exception as error:
+                raise ValueError(f"{self._paths[shard]}: records {first} to {last} are damaged ({error})") from error
+            pieces.append(data[begin:end])
+        return pieces
 
     def token_bytes(self) -> np.ndarray:
         """int32 [tokenizer's vocabulary]: the UTF-8 bytes of each token.

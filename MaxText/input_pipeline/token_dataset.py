@@ -176,12 +176,12 @@ class _Windows:
         shards = np.searchsorted(self._ends[:-1], positions, side="right")
         starts = (positions - self._starts[shards]) * self._length
         lengths = np.where(inside, np.minimum(width, self._shard_tokens[shards] - starts), 0)
-        pieces = []
-        for shard, start, length in zip(shards.tolist(), starts.tolist(), lengths.tolist(), strict=True):
-            if length:
-                pieces.append(self._reader.read(shard, start, length))
-            if length < width:  # any valid id serves as padding: its segment is 0
-                pieces.append(self._padding * (width - length))
+        pieces = self._reader.read_many(shards[inside], starts[inside], lengths[inside])
+        if (short := np.flatnonzero(lengths < width)).size:  # any valid id serves as padding: its segment is 0
+            found = iter(pieces)
+            pieces = [next(found) if is_inside else b"" for is_inside in inside]
+            for row in short.tolist():
+                pieces[row] += self._padding * (width - int(lengths[row]))
         windows = np.frombuffer(b"".join(pieces), self._reader.dtype).reshape(positions.size, width)
         return windows.astype(np.int32), lengths, shards, starts
 

@@ -5,7 +5,7 @@ expression cuts text into words and tokens stay inside words, a word has the sam
 ASCII faster than the tokenizer's engine, and code repeats its words. What is not known to be equal is left alone.
 """
 
-import itertools
+import array
 import json
 import re
 from typing import Any
@@ -19,8 +19,8 @@ class WordCache:
 
     def __init__(self, backend: Any):
         self._backend = backend
-        self._words: dict[str, list[int]] = {}
-        self._pattern = _pattern_of(json.loads(backend.to_str()))
+        self._words: dict[str, bytes] = {}
+        self._pattern = _pattern_of(backend)
         added = backend.get_added_tokens_decoder().values()
         self._unbreakable = [token.content for token in added if not token.special]  # these are found in any text
         if self._pattern is not None and self._ids(SAMPLE) != backend.encode(SAMPLE, add_special_tokens=False).ids:
@@ -35,23 +35,28 @@ class WordCache:
     def _ids(self, text: str) -> list[int] | None:
         assert self._pattern is not None
         words = self._pattern.findall(text)
-        if sum(map(len, words)) != len(text):
+        if len("".join(words)) != len(text):
             return None
         known = self._words
-        if new := sorted(set(words) - known.keys()):
+        if new := [word for word in set(words) if word not in known]:  # not by `-`, which walks through all of known
             for word, encoding in zip(new, self._backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
-                known[word] = encoding.ids
+                known[word] = array.array("i", encoding.ids).tobytes()
         if len(known) > MAX_WORDS:
             self._words = {}
-        return list(itertools.chain.from_iterable(map(known.__getitem__, words)))
+        return array.array("i", b"".join(map(known.__getitem__, words))).tolist()
 
 
-def _pattern_of(content: dict[str, Any]) -> re.Pattern[str] | None:
+def _pattern_of(backend: Any) -> re.Pattern[str] | None:
     """The expression that cuts ASCII text as this tokenizer does; None if it is not known to be one expression."""
-    normalizer, steps = content["normalizer"], (content["pre_tokenizer"] or {}).get("pretokenizers", [])
-    if normalizer is not None and normalizer["type"] not in ("NFC", "NFKC"):  # which leave ASCII as it is
+    if backend.normalizer is not None and type(backend.normalizer).__name__ not in (
+        "NFC",
+        "NFKC",
+    ):  # ASCII stays as it is
         return None
-    if content["model"]["type"] != "BPE" or content["model"].get("dropout") or len(steps) != 2:
+    if type(backend.model).__name__ != "BPE" or backend.model.dropout or backend.pre_tokenizer is None:
+        return None
+    steps = json.loads(backend.pre_tokenizer.__getstate__()).get("pretokenizers", [])  # without the whole vocabulary
+    if len(steps) != 2:
         return None
     split, byte_level = steps
     if (

@@ -125,6 +125,7 @@ def _settings(config: FrozenConfigDict, given: tokenizer.Tokenizer | None) -> Se
         held_out_one_in=config.held_out_one_in,
         repositories=config.repositories,
         eos_id=given.eos_id if given else -1,
+        vocab_size=given.vocab_size if given else -1,
     )
 
 

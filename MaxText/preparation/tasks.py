@@ -45,6 +45,7 @@ class Settings:
     held_out_one_in: int
     repositories: bool
     eos_id: int  # of rows that are token ids already; -1 where there is no tokenizer yet
+    vocab_size: int  # their ids are below it; -1 likewise
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,12 @@ def scan(workplace: Workplace, number: int, report: Report) -> None:
     hits: list[dict[str, str]] = []
     kept, seen, unreported = _Kept(workplace, number), set(), 0
     for record in readers.read(unit, settings.text_column, settings.eos_id):
-        if isinstance(record, readers.Bad):
-            counts["bad"][record.reason] += 1
+        if fault := _bad(record, settings):
+            counts["bad"][fault.reason] += 1
             if len(bad) < NAMED_BAD_RECORDS:
-                bad.append([record.location, record.reason, record.detail])
+                bad.append([fault.location, fault.reason, fault.detail])
             continue
+        assert isinstance(record, readers.Record)
         text, content, counted = record.text, _content(record), counts["totals"]
         counted["records"] += 1
         counted["bytes"] += len(content)
@@ -184,6 +186,18 @@ def scan(workplace: Workplace, number: int, report: Report) -> None:
     kept.close()
     result = {name: dict(sorted(counter.items())) for name, counter in counts.items()}
     workplace.write_json(workplace.done("scan", number), result | {"bad_records": bad, "hits": hits})
+
+
+def _bad(record: readers.Record | readers.Bad, settings: Settings) -> readers.Bad | None:
+    """What is wrong with a record before any rule is asked."""
+    if isinstance(record, readers.Bad):
+        return record
+    if record.ids is not None and not record.ids.size:
+        return readers.Bad(record.location, "no_ids")
+    if record.ids is not None and not 0 <= record.ids.min() <= record.ids.max() < settings.vocab_size:
+        given = f"{record.ids.min()} to {record.ids.max()}, of a tokenizer of {settings.vocab_size}"
+        return readers.Bad(record.location, "ids_out_of_range", given)
+    return None
 
 
 def _content(record: readers.Record) -> bytes:

@@ -37,6 +37,7 @@ def source(texts, tmp_path):
     return f"dir:{folder}"
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_does_not_matter(source, prepare, tmp_path):
     settings = {"source": source, "unit_bytes": 100_000, "near_duplicate_threshold": 0.7}
     assert prepare(**settings, out=tmp_path / "one")[0] == 0
@@ -48,6 +49,7 @@ def test_the_number_of_workers_does_not_matter(source, prepare, tmp_path):
     assert report["dropped"]["duplicate"] == 9 and report["dropped"]["near_duplicate"] > 20
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on(source, prepare, tmp_path, tokenizer_path, user_environment):
     """Kills the whole preparation, workers included, at random times; what is there at the end is what should be."""
     assert prepare(source=source, unit_bytes=100_000, out=tmp_path / "whole")[0] == 0

@@ -111,6 +111,17 @@ def test_token_ids_are_not_tokenized_again(packed, texts, tmp_path, prepare, doc
         assert found == texts
 
 
+def test_ids_of_another_tokenizer_are_bad_records(tmp_path, prepare):
+    rows = [[20, 30, 40], [20, 600], [], [50, 60], [-1, 7]]
+    table = pyarrow.table({"input_ids": pyarrow.array(rows, pyarrow.list_(pyarrow.int32()))})
+    pyarrow.parquet.write_table(table, tmp_path / "ids.parquet")
+    assert prepare(source=f"parquet:{tmp_path / 'ids.parquet'}", held_out_one_in=0)[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["bad"] == {"ids_out_of_range": 2, "no_text": 1} and report["documents"] == {"train": 2}
+    assert report["bad_records"][0][0].endswith("row group 0, row 1")
+    assert report["bad_records"][0][2] == "20 to 600, of a tokenizer of 500"
+
+
 def test_bad_records_are_counted_and_named(texts, tmp_path, prepare):
     folder = tmp_path / "source"
     folder.mkdir()
