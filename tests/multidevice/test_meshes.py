@@ -12,6 +12,8 @@ from tests import support
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 STEPS = 20
+PYTHONLM = {"attention_type": "differential", "base_num_kv_heads": 4, "logits_via_embedding": False}
+PYTHONLM |= {"mtp_num_layers": 2, "mtp_transformer_block": False, "dropout_rate": 0.2}
 
 
 def config_of(**keys):
@@ -63,13 +65,16 @@ def test_muon_does_not_depend_on_the_mesh(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), params, want_params)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(
-    "keys", [{}, {"mtp_num_layers": 2, "dropout_rate": 0.2, "logits_via_embedding": False}], ids=["plain", "mtp"]
+    ("mesh", "accumulation", "keys"),
+    [
+        *((mesh, accumulation, {}) for mesh in MESHES for accumulation in (1, 4)),
+        *((mesh, accumulation, PYTHONLM) for mesh, accumulation in [((1, 1, 1), 4), ((2, 2, 2), 1), ((1, 8, 1), 4)]),
+    ],
+    ids=str,
 )
 def test_gradients_are_the_same(mesh, accumulation, keys):
-    """Every leaf of the first gradient, not only its norm; with multi-token prediction and dropout as well."""
+    """Every leaf of the first gradient, not only its norm; with all that PythonLM has as well."""
 
     def gradients(mesh, accumulation):
         config = config_of(gradient_accumulation_steps=accumulation, **keys)
