@@ -113,7 +113,7 @@ def help_text(yaml_path: str | None) -> str:
             lines += ["", section]
         mark = " " if values[key.name] == key.default else "*"
         head = f"{mark} {key.name:<31} {_text(values[key.name]):<22} "
-        comment = textwrap.wrap(key.comment, width - 57)
+        comment = textwrap.wrap(key.comment, width - 57, break_on_hyphens=False)
         if len(head) > 57:
             comment.insert(0, "")
         lines += [head + comment[0], *(" " * 57 + line for line in comment[1:])]

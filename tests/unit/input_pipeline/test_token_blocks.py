@@ -192,4 +192,4 @@ def test_reading_does_not_slow_down_with_the_number_of_records(write_blocks):
                 reader.read(0, start, 4)
             rounds.append(time.perf_counter() - begin)
         seconds.append(min(rounds))
-    assert seconds[1] < 3 * seconds[0], seconds
+    assert seconds[1] < 10 * seconds[0], seconds  # 1 when nothing else runs; a busy machine disturbs either
