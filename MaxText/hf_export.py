@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def export(run: runs.TrainedRun, out: Path, dtype: str, emit: Callable[[str], No
     words = runs.load_tokenizer(run, step, config) if info["tokenizer"] else None
     hf_directory.write(out, config, params, dtype, None if words is None else words.eos_id)
     if words is not None:
-        _save_tokenizer(words.name, out)
+        words.save(out)
     count = str(flops.count_parameters(params))
     (out / "README.md").write_text(model_card(run, step, config, count, dtype))
     size = sum(file.stat().st_size for file in out.iterdir())
@@ -92,18 +91,6 @@ def model_card(run: runs.TrainedRun, step: int, config: FrozenConfigDict, parame
         notes.append("It was trained on random tokens, so there is no tokenizer.")
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [code, python]\n---"
     return "\n\n".join([f"{front}\n# {saved['run_name']}", f"| | |\n|---|---|\n{table}", *notes]) + "\n"
-
-
-def _save_tokenizer(tokenizer_path: str, out: Path) -> None:
-    source = Path(tokenizer_path).expanduser()
-    if source.is_dir():
-        shutil.copytree(source, out, dirs_exist_ok=True)
-    elif source.is_file():
-        shutil.copy(source, out)
-    else:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(out)
 
 
 def _recorded(metrics: Path, step: int) -> dict[str, Any]:

@@ -17,20 +17,14 @@ def main(argv: list[str]) -> int:
         return inspection.main(argv[1:])
     from MaxText import pyconfig
 
-    try:
-        command = pyconfig.parse_command_line(pyconfig.with_run_name(argv, "prepare_data"), os.environ)
-    except pyconfig.ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if command.message is not None:
-        print(command.message)
-        return 0
-    assert command.config is not None
+    config = pyconfig.config_or_exit_code(pyconfig.with_run_name(argv, "prepare_data"), os.environ)
+    if isinstance(config, int):
+        return config
 
     from MaxText.preparation import preparing
 
     try:
-        return preparing.prepare(command.config, lambda line: print(line, flush=True))
+        return preparing.prepare(config, lambda line: print(line, flush=True))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

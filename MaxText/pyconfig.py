@@ -8,6 +8,7 @@ frozen config holds the keys of base.yml and nothing else.
 import dataclasses
 import math
 import shutil
+import sys
 import textwrap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,20 @@ def parse_command_line(argv: Sequence[str], environ: Mapping[str, str]) -> Comma
 def with_run_name(argv: Sequence[str], name: str) -> list[str]:
     """argv with a run name, for commands that make no run."""
     return list(argv) if any(word.startswith("run_name=") for word in argv) else [*argv, f"run_name={name}"]
+
+
+def config_or_exit_code(argv: Sequence[str], environ: Mapping[str, str]) -> ml_collections.FrozenConfigDict | int:
+    """The config that a command's words give; if they ask for help or cannot be, that is printed: the exit code."""
+    try:
+        command = parse_command_line(argv, environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if command.message is not None:
+        print(command.message)
+        return 0
+    assert command.config is not None
+    return command.config
 
 
 def help_text(yaml_path: str | None) -> str:

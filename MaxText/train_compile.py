@@ -15,22 +15,16 @@ def main(argv: list[str]) -> int:
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     topologies.prepare_environment(os.environ)
-    try:
-        command = pyconfig.parse_command_line(argv, os.environ)
-    except pyconfig.ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if command.message is not None:
-        print(command.message)
-        return 0
-    assert command.config is not None
+    config = pyconfig.config_or_exit_code(argv, os.environ)
+    if isinstance(config, int):
+        return config
 
     import jax
 
     from MaxText.aot import compile as aot_compile
 
     try:
-        return aot_compile.run(command.config, argv, print)
+        return aot_compile.run(config, argv, print)
     except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

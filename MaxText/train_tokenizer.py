@@ -13,20 +13,14 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     from MaxText import pyconfig
 
-    try:
-        command = pyconfig.parse_command_line(pyconfig.with_run_name(argv, "train_tokenizer"), os.environ)
-    except pyconfig.ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if command.message is not None:
-        print(command.message)
-        return 0
-    assert command.config is not None
+    config = pyconfig.config_or_exit_code(pyconfig.with_run_name(argv, "train_tokenizer"), os.environ)
+    if isinstance(config, int):
+        return config
 
     from MaxText.preparation import tokenizer_training
 
     try:
-        return tokenizer_training.train(command.config, lambda line: print(line, flush=True))
+        return tokenizer_training.train(config, lambda line: print(line, flush=True))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

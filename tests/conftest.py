@@ -24,8 +24,9 @@ TEST_ENVIRONMENT = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
 }
 
-_ADDED = {name: value for name, value in TEST_ENVIRONMENT.items() if name not in os.environ}
-os.environ.update(_ADDED)
+# The workers of pytest-xdist inherit the environment with the additions, so what was added is noted there too.
+_ADDED = os.environ.setdefault("TESTS_ADDED", " ".join(sorted(TEST_ENVIRONMENT.keys() - os.environ.keys()))).split()
+os.environ.update({name: TEST_ENVIRONMENT[name] for name in _ADDED})
 
 # Annotations such as Float[Array, "B T D"] become checks, here only: at run time they cost nothing.
 jaxtyping.install_import_hook("MaxText", "beartype.beartype")
@@ -34,7 +35,8 @@ jaxtyping.install_import_hook("MaxText", "beartype.beartype")
 @pytest.fixture
 def user_environment() -> dict[str, str]:
     """The environment without what this file added to it, for subprocesses that stand for a user's command."""
-    return {name: value for name, value in os.environ.items() if name not in _ADDED and name != "PYTHONPATH"}
+    added = {*_ADDED, "TESTS_ADDED", "PYTHONPATH"}
+    return {name: value for name, value in os.environ.items() if name not in added}
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -265,7 +265,7 @@ def _replica_groups(attributes: str, devices: int) -> list[list[int]]:
 def _traffic(kind: str, size: int) -> float:
     """Bytes a device sends in a ring, for each byte of its result."""
     share = (size - 1) / size
-    return {"all-reduce": 2 * share, "reduce-scatter": size - 1, "collective-permute": 1}.get(kind, share)
+    return {"all-reduce": 2 * share, "reduce-scatter": size - 1.0, "collective-permute": 1.0}.get(kind, share)
 
 
 def _kernel_name(instruction: Instruction) -> str:

@@ -138,7 +138,7 @@ def test_exported_it_is_the_same_model_in_transformers(finished, tmp_path):
     ones = np.ones_like(ids)
     with jax.set_mesh(opened.mesh):
         inputs = jax.device_put((ids, np.arange(ids.size, dtype=np.int32)[None], ones))
-        ours = opened.model.merge(params).logits(*inputs)
+        ours = jax.jit(lambda params, inputs: opened.model.merge(params).logits(*inputs))(params, inputs)
     with torch.no_grad():
         logits = theirs.float()(torch.tensor(ids)).logits.numpy()
     assert logits.shape[-1] == 512  # without the ids that no token has

@@ -72,6 +72,7 @@ def test_where_one_is_killed_the_other_ends_soon_and_can_be_resumed(tmp_path):
         assert "another process of the run is gone; the same command resumes" in both.output(0)
     whole = checkpoint_manifest.steps_in(tmp_path / "run/checkpoints")
     assert whole and whole[0] >= 2
+    both.kill()
     checkpoint_manifest.verify(tmp_path / f"run/checkpoints/{whole[0]}")
 
 

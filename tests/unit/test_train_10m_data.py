@@ -206,6 +206,7 @@ def server(status: int | None):
 
 @pytest.mark.parametrize(("status", "problem"), [(200, ""), (403, "403"), (None, "no answer|timed out")], ids=str)
 def test_the_hub_is_asked_and_a_silent_one_is_given_up_in_seconds(monkeypatch, status, problem):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(train_10m, "HUB_SECONDS", 1)
     with server(status) as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -217,6 +218,7 @@ def test_the_hub_is_asked_and_a_silent_one_is_given_up_in_seconds(monkeypatch, s
 
 
 def test_a_hub_that_is_off_or_not_there_is_a_problem_at_once(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "refused" in real_hub_problem()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -225,6 +227,7 @@ def test_a_hub_that_is_off_or_not_there_is_a_problem_at_once(monkeypatch):
 
 def test_a_name_server_that_does_not_answer_is_given_up_too(monkeypatch):
     """The look-up of a name has no timeout of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(train_10m, "HUB_SECONDS", 0.5)
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: time.sleep(4))
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
