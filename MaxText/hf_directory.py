@@ -144,6 +144,8 @@ def model_config(config: FrozenConfigDict, dtype: str, eos_id: int | None) -> di
         else int(length * config.rope_factor),
         "rms_norm_eps": config.normalization_layer_epsilon,
         "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],  # this and the next line are what transformers 4 reads
+        "rope_scaling": rope if config.rope_factor != 1 else None,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.logits_via_embedding,

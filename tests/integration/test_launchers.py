@@ -20,6 +20,7 @@ import pytest
 from MaxText.launchers import job, runner, tpus
 from tests import support
 from tests.integration import fake_gcloud
+from tests.processes import group
 
 RUNNER = [sys.executable, str(support.ROOT / "MaxText/multihost_runner.py")]
 JOB = [sys.executable, str(support.ROOT / "MaxText/multihost_job.py")]
@@ -356,6 +357,38 @@ def test_a_job_survives_a_preemption(world, in_process, monkeypatch, capfd):
     first = [json.loads(path.read_text()) for path in sorted((attempts / "0001/exits").iterdir())]
     assert first == [{"worker": f"0.{index}", "code": 75, "final": False} for index in range(4)]
     assert "attempt 2: asking for 1 x v5litepod-16" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_real_trainer_survives_a_preemption_of_its_four_workers(world, in_process, monkeypatch, tmp_path):
+    """The losses of two attempts on four workers are those of one process that nobody interrupts."""
+    keys = {"steps": 400, "learning_rate_schedule_steps": 400, "eval_interval": -1, "ici_data_parallelism": 4}
+    alone = group.train(tmp_path / "alone", 1, 4, **keys)
+    assert alone.codes() == [0], alone.output(0)
+    one_device = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COORDINATOR_ADDRESS": _free_address()}
+    world.environment |= one_device
+    monkeypatch.setattr(job, "POLL_SECONDS", 0.2)
+    metrics = world.shared / "run/metrics/metrics.jsonl"
+    preempted = []
+
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+        if not preempted and metrics.exists() and len(metrics.read_text().splitlines()) > 5:
+            world.cloud.preempt("a-job", grace_seconds=60)
+            preempted.append(True)
+
+    monkeypatch.setattr(job, "time", types.SimpleNamespace(sleep=sleep, strftime=time.strftime))
+    command = shlex.join([sys.executable, *group.words(base_output_directory=world.shared, **keys)])
+    assert in_process(world, job, world.job(SCRIPT_DIR=support.ROOT, COMMAND=command)) == 0
+    attempts = world.cloud.folder / "buckets/a-bucket/a-job/attempts"
+    logs = [(attempts / f"000{number}/logs/slice_0000_worker_0000.txt").read_text() for number in (1, 2)]
+    stopped = re.search(r"Stopped after step (\d+) of 400; the same command resumes", logs[0])
+    assert stopped, logs[0]
+    assert f"Resuming after step {stopped[1]} " in logs[1]
+    assert "Device count: 4 (cpu, 4 process(es))" in logs[1]
+    found, expected = (group.losses(folder) for folder in (world.shared, tmp_path / "alone"))
+    assert found.keys() == expected.keys() and len(expected) > 10
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-6)
 
 
 def test_a_job_that_is_interrupted_on_a_machine_that_stays_starts_again_there(world, in_process, monkeypatch):

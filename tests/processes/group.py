@@ -1,5 +1,6 @@
 """Several processes on this machine that train as one, as on several hosts: JAX's own runtime over the loopback."""
 
+import json
 import os
 import pathlib
 import socket
@@ -10,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 from tests import support
 
-TRAIN = [str(support.ROOT / "MaxText/train.py"), str(support.ROOT / "configs/base.yml")]
 KEYS = support.SMALL | {
     "learning_rate_schedule_steps": 12,
     "steps": 12,
@@ -92,7 +92,18 @@ def _environment(devices: int) -> Mapping[str, str]:
 
 def train(folder: pathlib.Path, count: int, devices: int, **keys: object) -> Group:
     """A training run below `folder`; compiled programs are kept between the tests."""
-    cache = support.ROOT / ".pytest_cache/jax_processes"
-    given = KEYS | {"base_output_directory": folder, "jax_cache_dir": cache} | keys
-    words = [*TRAIN, *(f"{key}={value}" for key, value in given.items())]
-    return Group(folder / f"output{time.monotonic_ns()}", count, devices, words)
+    return Group(folder / f"output{time.monotonic_ns()}", count, devices, words(base_output_directory=folder, **keys))
+
+
+def words(**keys: object) -> list[str]:
+    """The training command from the project's root, without the Python; compiled programs are kept between tests."""
+    given = KEYS | {"jax_cache_dir": support.ROOT / ".pytest_cache/jax_processes"} | keys
+    return ["MaxText/train.py", "configs/base.yml", *(f"{key}={value}" for key, value in given.items())]
+
+
+def losses(folder: pathlib.Path) -> dict[tuple[str, int], float]:
+    """The logged losses of the run below `folder`, by name and step."""
+    found = {}
+    for record in map(json.loads, (folder / "run/metrics/metrics.jsonl").read_text().splitlines()):
+        found |= {(name, record["step"]): record[name] for name in ("learning/loss", "eval/avg_loss") if name in record}
+    return found

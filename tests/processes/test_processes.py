@@ -1,6 +1,5 @@
 """Several processes that train as one. LONG_TESTS=1 runs all meshes, four processes and two slices as well."""
 
-import json
 import os
 import pathlib
 import re
@@ -21,15 +20,8 @@ SLICES = {"ici_data_parallelism": 1, "ici_fsdp_parallelism": -1}  # one process 
 PROGRAM = support.ROOT / "tests/processes/checkpoint_program.py"
 
 
-def losses(folder: pathlib.Path) -> dict[tuple[str, int], float]:
-    found = {}
-    for record in map(json.loads, (folder / "run/metrics/metrics.jsonl").read_text().splitlines()):
-        found |= {(name, record["step"]): record[name] for name in ("learning/loss", "eval/avg_loss") if name in record}
-    return found
-
-
 def assert_same_losses(folder: pathlib.Path, expected: dict[tuple[str, int], float]) -> None:
-    found = losses(folder)
+    found = group.losses(folder)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), atol=1e-6)
 
@@ -39,7 +31,7 @@ def expected(tmp_path_factory):
     """The losses of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
     assert group.train(folder, 1, 4, **FSDP).codes() == [0]
-    return losses(folder)
+    return group.losses(folder)
 
 
 def test_two_train_as_one_stop_together_and_one_goes_on_from_their_checkpoint(tmp_path, expected):

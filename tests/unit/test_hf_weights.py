@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxText import hf_weights, models
+from MaxText import hf_directory, hf_weights, models
 from tests import support
 
 CONFIGS = {
@@ -20,6 +20,7 @@ CONFIGS = {
         "logits_via_embedding": False,
         "normalization_layer_epsilon": 1e-5,
     },
+    "stretched by yarn": {"rope_factor": 4.0, "original_max_position_embeddings": 16, "max_target_length": 64},
     "differential mha tied": {"attention_type": "differential", "base_num_kv_heads": 4},
     "differential gqa untied deep": {
         "attention_type": "differential",
@@ -40,35 +41,20 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS, ids=str)
-def pair(request):
-    """(config, our params, the Llama or DiffLlama that has the same weights)."""
+def pair(request, tmp_path):
+    """(config, our params, what transformers makes of the directory that we write)."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = support.small_config(**CONFIGS[request.param], initializer_range=0.2)
     params = jax.device_get(models.initial_params(config, jax.random.key(3)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + rng.normal(scale=0.05, size=p.shape).astype(np.float32), params)
-    prefix = "DiffLlama" if config.attention_type == "differential" else "Llama"
-    llama = getattr(transformers, f"{prefix}ForCausalLM")(
-        getattr(transformers, f"{prefix}Config")(
-            vocab_size=config.vocab_size,
-            hidden_size=config.base_emb_dim,
-            intermediate_size=config.base_mlp_dim,
-            num_hidden_layers=config.base_num_decoder_layers,
-            num_attention_heads=config.base_num_query_heads,
-            num_key_value_heads=config.base_num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_target_length,
-            rms_norm_eps=config.normalization_layer_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": float(config.rope_max_timescale)},
-            tie_word_embeddings=config.logits_via_embedding,
-            attn_implementation="eager",
-        )
+    hf_directory.write(tmp_path, config, params, "float32", None)
+    llama, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
     )
-    weights = hf_weights.to_hugging_face(params)
-    missing, unexpected = llama.load_state_dict({k: torch.tensor(v) for k, v in weights.items()}, strict=False)
-    assert not unexpected
-    assert set(missing) <= ({"lm_head.weight"} if config.logits_via_embedding else set())
+    assert type(llama).__name__ == hf_directory.ARCHITECTURES[config.attention_type][1]
+    assert not any(report.values())
     return config, params, llama
 
 

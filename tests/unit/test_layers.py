@@ -8,6 +8,7 @@ from flax import nnx
 
 from MaxText.kernels.attention_reference import attention_reference
 from MaxText.layers import rope
+from MaxText.layers.attention import Attention
 from MaxText.layers.differential_attention import DifferentialAttentionV2
 from tests import support
 
@@ -35,6 +36,23 @@ def test_differential_v2_subtracts_neighbouring_heads_by_a_gate_of_the_token():
     gate = jax.nn.sigmoid(jnp.einsum("btd,dn->btn", x, layer.lambda_projection[...]))
     context = both[:, :, 0::2] - gate[..., None] * both[:, :, 1::2]
     np.testing.assert_allclose(got, jnp.einsum("btnh,nhd->btd", context, layer.out[...]), atol=1e-5)
+
+
+def test_queries_and_keys_are_normalized_over_each_head_and_then_rotated():
+    dim, heads, kv_heads, width, length = 12, 4, 2, 6, 7
+    values = {"epsilon": 1e-6, "use_qk_norm": True, "implementation": "dot_product", "stddev": 0.5, "out_stddev": 0.5}
+    types = {"dtype": "float32", "weight_dtype": "float32"}
+    layer = Attention(dim, heads, kv_heads, width, **values, **types, rngs=nnx.Rngs(params=0))
+    layer.query_norm.scale[...], layer.key_norm.scale[...] = 1.5 + jnp.arange(width), 2.5 - jnp.arange(width)
+    x = jax.random.normal(jax.random.key(1), (2, length, dim))
+    tables = rotary(head_dim=width).tables(jnp.broadcast_to(jnp.arange(length)[None], (2, length)))
+    with jax.set_mesh(support.mesh_of()):
+        query, key, value = layer.heads(x, *tables)
+    for got, weight, scale in ((query, layer.query, 1.5 + np.arange(width)), (key, layer.key, 2.5 - np.arange(width))):
+        projected = jnp.einsum("btd,dnh->btnh", x, weight[...])
+        normalized = projected / np.sqrt(np.mean(np.square(projected), axis=-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(got, rope.rotate(normalized * scale[None, None, None], *tables), atol=1e-5)
+    np.testing.assert_allclose(value, jnp.einsum("btd,dnh->btnh", x, layer.value[...]), atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 4.0, 40.0])
