@@ -155,7 +155,7 @@ class Program:
                 depth = jnp.array(len(weights.layers) + k)
                 state, grown[k] = head.block.recall(state, *tables, memories[k], first, depth)
             newest = jnp.take_along_axis(state, last[:, None, None], axis=1)
-            guess = jnp.argmax(transformer.scores(head.final_norm(newest)), axis=-1).astype(jnp.int32)
+            guess = sampling.likeliest(transformer.scores(head.final_norm(newest)))
             guesses.append(guess)
             # The next head reads one token further on.
             following = jnp.where(places < last[:, None], jnp.roll(following, -1, axis=1), guess)

@@ -43,14 +43,21 @@ def choose(scores: Float[Array, "B T V"], settings: Settings, count: Int[Array, 
     flat = scores.reshape(batch * length, size)
     each = jax.tree.map(lambda x: jnp.repeat(x, length), settings)
     numbers = (count[:, None] + jnp.arange(length)[None]).reshape(-1)
-    likeliest = jnp.argmax(flat, axis=-1)
+    top = likeliest(flat)
 
     def sampled() -> Array:
-        drawn = _draw(_weights(flat, each), _uniform(each.seed, numbers), likeliest)
-        return jnp.where(each.temperature > 0, drawn, likeliest)
+        drawn = _draw(_weights(flat, each), _uniform(each.seed, numbers), top)
+        return jnp.where(each.temperature > 0, drawn, top)
 
-    tokens = jax.lax.cond(jnp.any(settings.temperature > 0), sampled, lambda: likeliest)
-    return tokens.reshape(batch, length).astype(jnp.int32)
+    tokens = jax.lax.cond(jnp.any(settings.temperature > 0), sampled, lambda: top)
+    return tokens.reshape(batch, length)
+
+
+def likeliest(scores: Float[Array, "... V"]) -> Int[Array, "..."]:
+    """The first of the highest, as jnp.argmax, in two plain reductions: XLA does not vectorize argmax on CPUs."""
+    ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    is_top = scores == jnp.max(scores, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_top, ids, scores.shape[-1] - 1), axis=-1)
 
 
 def log_probabilities(scores: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
