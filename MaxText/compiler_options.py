@@ -17,6 +17,11 @@ TABLE: dict[str, dict[str, tuple[str, str]]] = {
 }
 
 
-def options(family: str | None) -> dict[str, str]:
-    """What to pass to `jax.jit`; nothing for a platform that the table does not know."""
-    return {name: value for name, (value, _) in TABLE.get(family or "", {}).items()}
+def options(family: str | None, flags: str) -> dict[str, str]:
+    """What to pass to `jax.jit`: the table's for this family, if it knows it, and over them the words of `flags`.
+
+    Args:
+        flags: name=value, with or without two dashes, spaces between them.
+    """
+    table = {name: value for name, (value, _) in TABLE.get(family or "", {}).items()}
+    return table | dict(word.removeprefix("--").split("=", 1) for word in flags.split())

@@ -43,7 +43,8 @@ _FREE_KEYS = """
     per_device_batch_size gradient_accumulation_steps max_target_length enable_data_shuffling data_shuffle_seed
     num_epoch grain_worker_count grain_prefetch_buffer_size max_skipped_steps_in_a_row eval_interval eval_steps
     eval_per_device_batch_size jax_cache_dir profiler skip_first_n_steps_for_profiler profiler_steps
-    peak_tflops_per_device compile_topology compiled_trainstep_file hang_timeout_minutes sdc_check_interval
+    peak_tflops_per_device compile_topology compile_xla_flags compiled_trainstep_file hang_timeout_minutes
+    sdc_check_interval
 """
 _FREE_PREFIXES = ("ici_", "dcn_")
 

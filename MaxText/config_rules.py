@@ -44,7 +44,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
         grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row
         compile_topology_num_slices max_tokens num_samples best_of decode_rows infilling_problems
-        infilling_max_lines serve_max_queue""",
+        serve_max_queue""",
     ),
     (
         "at least 0",
@@ -275,6 +275,12 @@ def _run_name(values: Values, _: Values) -> Iterator[str]:
         yield f"run_name is {len(os.fsencode(name))} bytes long and a directory name may have 255; use a shorter one"
 
 
+def _xla_flags(values: Values, _: Values) -> Iterator[str]:
+    wrong = [word for word in values["compile_xla_flags"].split() if not re.fullmatch(r"(--)?\w+=\S+", word)]
+    if wrong:
+        yield f"compile_xla_flags: {wrong[0]!r} is not name=value; write --xla_name=value, spaces between several"
+
+
 def _needs_text(values: Values, defaults: Values) -> Iterator[str]:
     for key in ("base_output_directory", "data_cache_directory"):
         if not values[key].strip():
@@ -343,6 +349,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Values, Values], Iterator[str]]],
     (("run_name",), _run_name),
     (("base_output_directory", "data_cache_directory"), _needs_text),
     (("load_full_state_path", "load_parameters_path"), _one_starting_point),
+    (("compile_xla_flags",), _xla_flags),
     (("head_dim",), _even_head_dim),
     *config_generation_rules.RULES,
     (

@@ -116,4 +116,5 @@ def _options(config: FrozenConfigDict) -> cross_entropy.Options:
         num_chunks=config.num_vocab_tiling * (1 + config.mtp_num_layers),
         batch_axes=sharding.BATCH_AXES,
         vocab_axis=sharding.VOCAB_AXIS,
+        embed_axis=sharding.EMBED_AXIS,
     )

@@ -16,13 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 VOCAB_AXIS = "tensor"
+EMBED_AXIS = "fsdp"
 HEAD_AXIS = "tensor"
 
 # Logical axis -> mesh axes. None: replicated, on purpose.
 RULES: dict[str, tuple[str, ...] | None] = {
     # weights
     "vocab": (VOCAB_AXIS,),
-    "embed": ("fsdp",),
+    "embed": (EMBED_AXIS,),
     "mlp": ("tensor",),
     "heads": (HEAD_AXIS,),
     "kv_heads": (HEAD_AXIS,),

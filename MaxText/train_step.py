@@ -95,7 +95,7 @@ def make_train_step(
         in_shardings=(places, batch_places),
         out_shardings=(places, sharding.replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options.options(chip.name if chip else None) or None,
+        compiler_options=compiler_options.options(chip.name if chip else None, config.compile_xla_flags) or None,
     )
 
 

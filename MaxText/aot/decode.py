@@ -39,7 +39,8 @@ def compile_steps(config: FrozenConfigDict) -> dict[str, Any]:
         placed = [_placed(tree, mesh) for tree in (read, rows)]
         lowered = program.write.lower(*placed, batcher.STEPS)
     begin = time.perf_counter()
-    compiled = lowered.compile(compiler_options={**compiler_options.options(topology.family)})
+    options = compiler_options.options(topology.family, config.compile_xla_flags)
+    compiled = lowered.compile(compiler_options={**options})
     return _report(config, topology, mesh, compiled, read, rows, time.perf_counter() - begin)
 
 

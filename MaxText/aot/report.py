@@ -69,7 +69,7 @@ def report(job: Job, topology: Topology, compiled: jax.stages.Compiled, seconds:
         "pallas_calls": spent.pallas_calls,
         "pallas_unknown": list(spent.pallas_unknown),
         "flags": {
-            "compiler_options": compiler_options.options(topology.family),
+            "compiler_options": compiler_options.options(topology.family, job.config.compile_xla_flags),
             **{name: os.environ[name] for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS") if name in os.environ},
         },
         "collectives": [

@@ -37,7 +37,7 @@ def evaluate(run: runs.TrainedRun, log: Log) -> list[dict[str, Any]]:
     """
     newest = run.newest()
     config = run.config(newest)
-    if config.task in ("heldout", "infilling"):
+    if config.task in ("heldout", *infilling.MAX_LINES):
         config = run.config(newest, with_data=True)
     steps = chosen_steps(run, config.checkpoints)
     log(f"{run.directory}: {config.task} of {len(steps)} checkpoints: {', '.join(map(str, steps))}")
@@ -93,8 +93,8 @@ def make_task(config: FrozenConfigDict, tokenizer: Tokenizer) -> grading.Task:
     if config.task == "mbpp":
         return mbpp.load(config.task_file)
     texts = held_out_texts(config, tokenizer)
-    lines, seed = config.infilling_max_lines, config.sampling_seed
-    return infilling.build(texts, config.infilling_problems, lines, CONTEXT_CHARACTERS, seed)
+    lines = infilling.MAX_LINES[config.task]
+    return infilling.build(texts, config.infilling_problems, lines, CONTEXT_CHARACTERS, config.sampling_seed)
 
 
 def held_out_texts(config: FrozenConfigDict, tokenizer: Tokenizer) -> list[str]:
@@ -181,9 +181,9 @@ def _held_out_score(run: runs.TrainedRun, step: int, log: Log) -> dict[str, floa
 
 
 def _task_settings(config: FrozenConfigDict) -> dict[str, Any]:
-    if config.task != "infilling":
+    if config.task not in infilling.MAX_LINES:
         return {}
-    return {"problems": config.infilling_problems, "max_lines": config.infilling_max_lines}
+    return {"problems": config.infilling_problems, "max_lines": infilling.MAX_LINES[config.task]}
 
 
 def _directory(run: runs.TrainedRun, name: str, settings: dict[str, Any]) -> Path:

@@ -16,6 +16,9 @@ from typing import Any
 from MaxText.evaluation.grading import Grade
 from MaxText.evaluation.sandbox import Job, Sandbox
 
+# The value of `task` -> the lines of a gap at the most.
+MAX_LINES = {"infilling": 1, "infilling_multi_line": 8}
+
 
 @dataclass(frozen=True)
 class Gap:

@@ -31,6 +31,7 @@ class Options:
         num_chunks: divides the tokens of every device.
         batch_axes: mesh axes the rows are split over.
         vocab_axis: mesh axis the vocabulary is split over; its size divides V.
+        embed_axis: the one of batch_axes that the gradient of the unembedding is split over; its size divides D.
     """
 
     z_loss_multiplier: float
@@ -39,6 +40,7 @@ class Options:
     num_chunks: int
     batch_axes: tuple[str, ...]
     vocab_axis: str
+    embed_axis: str
 
 
 def cross_entropy_reference(
@@ -116,7 +118,8 @@ def _run(hidden, unembedding, targets, weights, options, *, with_gradients):
     """
     rows, vocab = PartitionSpec(options.batch_axes), PartitionSpec(options.vocab_axis)
     local = functools.partial(_local, options=options, with_gradients=with_gradients)
-    out_specs = ((PartitionSpec(), rows), (rows, vocab) if with_gradients else None)
+    split = PartitionSpec(options.vocab_axis, options.embed_axis)
+    out_specs = ((PartitionSpec(), rows), (rows, split) if with_gradients else None)
     mapped = jax.shard_map(local, in_specs=(rows, vocab, rows, rows), out_specs=out_specs, check_vma=False)
     return mapped(hidden, unembedding.astype(hidden.dtype), targets, weights)
 
@@ -188,4 +191,6 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
     losses = jax.lax.psum(loss_sum, options.batch_axes), nll.reshape(targets.shape)
     if d_hidden is None:
         return losses, None
-    return losses, (d_hidden.reshape(hidden.shape), jax.lax.psum(d_table, options.batch_axes))
+    d_table = jax.lax.psum_scatter(d_table, options.embed_axis, scatter_dimension=1, tiled=True)
+    others = tuple(axis for axis in options.batch_axes if axis != options.embed_axis)
+    return losses, (d_hidden.reshape(hidden.shape), jax.lax.psum(d_table, others))

@@ -1,11 +1,11 @@
 """The token embedding table, which with tied weights is the output projection too."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from MaxText.kernels.lookup import lookup
 from MaxText.layers import parameters
-from MaxText.sharding import shard
+from MaxText.sharding import BATCH_AXES, EMBED_AXIS, VOCAB_AXIS, shard
 
 
 class Embed(nnx.Module):
@@ -18,7 +18,6 @@ class Embed(nnx.Module):
         )
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        # Whole rows: looking up rows that are split over fsdp would make the partitioner replicate the activations.
-        table = shard(self.embedding[...], "vocab", "activation_embed")
-        rows = jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+        axes = {"batch_axes": BATCH_AXES, "vocab_axis": VOCAB_AXIS, "embed_axis": EMBED_AXIS}
+        rows = lookup(self.embedding[...], ids, self.dtype, **axes)
         return shard(rows, "activation_batch", "activation_length", "activation_embed")

@@ -20,7 +20,7 @@ def example(dtype):
 
 
 def options(z_loss=0.0, soft_cap=0.0, vocab_padding=0):
-    axes = {"batch_axes": sharding.BATCH_AXES, "vocab_axis": sharding.VOCAB_AXIS}
+    axes = {"batch_axes": sharding.BATCH_AXES, "vocab_axis": sharding.VOCAB_AXIS, "embed_axis": sharding.EMBED_AXIS}
     return cross_entropy.Options(z_loss, soft_cap, vocab_padding, num_chunks=3, **axes)
 
 
