@@ -60,7 +60,7 @@ class Kill:
 
     phase: str
     asynchronous: bool
-    resumed: int  # the step it went on from
+    resumed: int | None  # the step it went on from; None where it was killed before it said so
     reached: int  # the last step it reported
 
 
@@ -159,8 +159,8 @@ class Harness:
             return None
         assert code == -signal.SIGKILL, "".join(lines)
         steps = [int(match[1]) for match in map(STEP.match, lines) if match]
-        resumed = next((int(line.split()[3].replace(",", "")) for line in lines if line.startswith("Resuming")), 0)
-        return Kill(self._phase(name, lines, steps), asynchronous, resumed, steps[-1] if steps else resumed)
+        resumed = next((int(line.split()[3].replace(",", "")) for line in lines if line.startswith("Resuming")), None)
+        return Kill(self._phase(name, lines, steps), asynchronous, resumed, steps[-1] if steps else resumed or 0)
 
     def _phase(self, name: str, lines: list[str], steps: list[int]) -> str:
         if not lines:
@@ -220,8 +220,10 @@ def main() -> int:
         while len(kills) < arguments.kills:
             runs += 1
             done = harness.run_with_kills(f"run{runs}", arguments.kills - len(kills))
-            for kill, after in zip(done, [kill.resumed for kill in done[1:]], strict=False):
-                lost[kill.asynchronous].append(max(kill.reached - after, 0))
+            for index, kill in enumerate(done):
+                after = next((later.resumed for later in done[index + 1 :] if later.resumed is not None), None)
+                if after is not None:
+                    lost[kill.asynchronous].append(max(kill.reached - after, 0))
             kills += done
             print(f"run {runs}: {len(kills)} kills so far; the sha256 of the untouched run", flush=True)
     result = {
