@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from MaxText import hf_weights, models, pyconfig, sharding
-from MaxText.inference import batcher, program, weights
+from MaxText.inference import batcher, generate, program, runs, weights
 
 GREEDY = batcher.Sampling(0.0, 0, 1.0, 0.0)
 
@@ -109,8 +109,34 @@ def compare(config, model, params, batch, args):
     return record | {f"ratio_{key}": round(record[f"ours_{key}"] / record[f"transformers_{key}"], 2) for key in keys}
 
 
+def guessing(directory, args):
+    """The record of writing one text after the same prompt with and without guesses of the first head, in turns."""
+    systems = {}
+    for guesses in (0, 1):
+        words = [directory, "dtype=float32", f"speculative_tokens={guesses}"]
+        run = runs.find(words)
+        systems[guesses] = generate.make_batcher(runs.load(run, run.newest()), num_rows=1)
+    prompt = np.array([systems[0].tokenizer.encode(["def add(first, second):\n"])[0]])
+    num_tokens = systems[0].context - prompt.size
+    texts = {guesses: ours(made, prompt, num_tokens)[0] for guesses, made in systems.items()}  # warm
+    seconds = {guesses: [] for guesses in systems}
+    for _ in range(args.rounds):
+        for guesses, made in systems.items():
+            seconds[guesses].append(ours(made, prompt, num_tokens)[1])
+    without, guessed = (statistics.median(seconds[guesses]) for guesses in (0, 1))
+    return {
+        "run": directory,
+        "same_texts": texts[0] == texts[1],
+        "tokens_per_step": round(systems[1].counts.tokens_per_step, 2),
+        "tokens_per_second": round(len(texts[0][0]) / without, 1),
+        "tokens_per_second_guessed": round(len(texts[1][0]) / guessed, 1),
+        "ratio": round(without / guessed, 2),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--guessing", metavar="RUN", help="a trained run: writing with and without guesses instead")
     parser.add_argument("--config", default="configs/validate_10m.yml")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=129)
@@ -118,20 +144,28 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="append the lines to this file, too")
     args = parser.parse_args()
+    when = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "cores": len(os.sched_getaffinity(0))}
+    if args.guessing:
+        report(when | {"jax": jax.__version__} | guessing(args.guessing, args), args.out)
+        return
     config = pyconfig.initialize([args.config, "dtype=float32"], {})
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     params = jax.jit(lambda key: models.initial_params(config, key))(jax.random.key(0))
     model = torch_model(config, params)
-    machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    machine = {"machine": platform.machine()}
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     shape = {"config": args.config, "dtype": "float32", "prompt": args.prompt_tokens, "new": args.new_tokens}
     for batch in args.batch:
-        when = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-        line = json.dumps(when | machine | versions | shape | compare(config, model, params, batch, args))
-        print(line, flush=True)
-        if args.out:
-            with open(args.out, "a") as file:
-                file.write(line + "\n")
+        report(when | machine | versions | shape | compare(config, model, params, batch, args), args.out)
+
+
+def report(record, out):
+    """Prints a record as a line of JSON, and adds it to a file if one is named."""
+    line = json.dumps(record)
+    print(line, flush=True)
+    if out:
+        with open(out, "a") as file:
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":

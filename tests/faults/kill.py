@@ -204,6 +204,16 @@ def losses_sha256(run: pathlib.Path) -> str:
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
+def lost_steps(kills: list[Kill]) -> list[tuple[Kill, int]]:
+    """The steps that were lost by each kill of a run after which a launch came far enough to say where it goes on."""
+    found = []
+    for index, kill in enumerate(kills):
+        after = next((later.resumed for later in kills[index + 1 :] if later.resumed is not None), None)
+        if after is not None:
+            found.append((kill, max(kill.reached - after, 0)))
+    return found
+
+
 def main() -> int:
     """Kills as often as asked, and says what became of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,10 +230,8 @@ def main() -> int:
         while len(kills) < arguments.kills:
             runs += 1
             done = harness.run_with_kills(f"run{runs}", arguments.kills - len(kills))
-            for index, kill in enumerate(done):
-                after = next((later.resumed for later in done[index + 1 :] if later.resumed is not None), None)
-                if after is not None:
-                    lost[kill.asynchronous].append(max(kill.reached - after, 0))
+            for kill, steps in lost_steps(done):
+                lost[kill.asynchronous].append(steps)
             kills += done
             print(f"run {runs}: {len(kills)} kills so far; the sha256 of the untouched run", flush=True)
     result = {

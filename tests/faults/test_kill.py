@@ -1,20 +1,17 @@
 """The short version of kill.py: a few instants, seeded."""
 
-import itertools
-import os
-
 import pytest
 
 from tests import support
 from tests.faults import kill
 
 
+@pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.skipif("LONG_TESTS" not in os.environ, reason="half a minute; LONG_TESTS=1 runs it")
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(tmp_path, user_environment):
     harness = kill.Harness(tmp_path, user_environment, support.ROOT / ".pytest_cache/jax_kill", seed=2)
     kills = harness.run_with_kills("killed", 4)
     assert len(kills) >= 3 and max(each.reached for each in kills) > kill.PERIOD, kills
-    for each, following in itertools.pairwise(kills):
+    for each, steps in kill.lost_steps(kills):
         # Saving in the background, training goes on, at most until the next save.
-        assert each.reached - following.resumed <= kill.PERIOD * (2 if each.asynchronous else 1), kills
+        assert steps <= kill.PERIOD * (2 if each.asynchronous else 1), kills
