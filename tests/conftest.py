@@ -18,6 +18,8 @@ TEST_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Most of a test's time is LLVM optimizing programs that run once, on a few numbers.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     # A largest size makes JAX lock the folder, so that parallel workers can share it.
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
