@@ -1,7 +1,6 @@
 """The flash kernels, compiled by the real TPU compiler at the lengths that are used: within the VMEM they ask for."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from MaxText.aot import topologies
 from tests import support
+from tests.aot import goldens
 
 pytestmark = [
     pytest.mark.aot,
@@ -56,7 +56,7 @@ for family in ("v5e", "v6e"):
 
 
 def test_they_compile_for_both_generations_at_every_length():
-    environ = dict(os.environ)
+    environ = dict(goldens.ENVIRONMENT)
     topologies.prepare_environment(environ)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=support.ROOT, env=environ, capture_output=True, text=True

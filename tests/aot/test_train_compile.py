@@ -14,6 +14,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs setup.sh --tpu-compiler"),
 ]
 
+RUN = {"env": goldens.ENVIRONMENT, "capture_output": True, "text": True}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", goldens.CASES)
@@ -35,7 +37,7 @@ def test_a_config_that_cannot_be_is_refused_in_words(tmp_path):
         "configs/validate_10m.yml",
         f"base_output_directory={tmp_path}",
     ]
-    done = subprocess.run([*command, "compile_topology=v9-8"], cwd=support.ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "compile_topology=v9-8"], cwd=support.ROOT, **RUN)
     assert done.returncode == 1
     assert done.stderr.startswith("error: compile_topology='v9-8' is not known")
 
@@ -49,8 +51,6 @@ def test_two_slices_are_one_mesh(tmp_path):
         "ici_fsdp_parallelism=8",
     ]
     command = [sys.executable, "MaxText/train_compile.py", "configs/validate_10m.yml", *small, *slices]
-    done = subprocess.run(
-        [*command, f"base_output_directory={tmp_path}"], cwd=support.ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, f"base_output_directory={tmp_path}"], cwd=support.ROOT, **RUN)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "16 devices, mesh data=2 x fsdp=8 x tensor=1" in done.stdout
