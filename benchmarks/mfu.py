@@ -43,10 +43,14 @@ CASES["v6e-8"] = {
     "standard 0.84B": STANDARD + " ici_data_parallelism=1 ici_fsdp_parallelism=8",
     "pythonlm_1b": PYTHONLM + " ici_data_parallelism=1 ici_fsdp_parallelism=8 gradient_accumulation_steps=1",
 }
-# PythonLM with the other kinds of attention, all else alike.
+# PythonLM with the other kinds of attention, all else alike; V2 also with as many parameters as standard attention.
+KINDS = {
+    "standard": "attention_type=standard",
+    "V2": "attention_type=differential_v2",
+    "V2, equal parameters": "attention_type=differential_v2 base_mlp_dim=3584",
+}
 for of_topology in CASES.values():
-    for kind in ("standard", "differential_v2"):
-        of_topology[f"pythonlm_1b {kind}"] = f"{of_topology['pythonlm_1b']} attention_type={kind}"
+    of_topology |= {f"pythonlm_1b {kind}": f"{of_topology['pythonlm_1b']} {keys}" for kind, keys in KINDS.items()}
 COMPLETED = re.compile(r"completed step: (\d+), seconds: ([\d.]+), .*Tokens/s/device: ([\d.]+),.*?MFU: ([\d.]+)%")
 
 
