@@ -115,7 +115,7 @@ def picture(results: list[dict], file: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Runs what is missing, then writes OUTPUT.jsonl, OUTPUT.md and OUTPUT.png."""
+    """Runs what is missing, then writes OUTPUT.jsonl and OUTPUT.png, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
@@ -129,7 +129,6 @@ def main() -> None:
     ]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.with_suffix(".jsonl").write_text("".join(json.dumps(result) + "\n" for result in results))
-    arguments.output.with_suffix(".md").write_text(table(results) + "\n")
     picture(results, arguments.output.with_suffix(".png"))
     print(table(results))
 
