@@ -190,7 +190,7 @@ def test_infilling_held_out_loss_and_the_summary(run, capsys):
         (["{run}", "checkpoints=7"], 1, "has no checkpoint 7; there are"),
         (["{run}", "checkpoints=some"], 2, "use last, all, epochs or the number of a step"),
         (["{run}", "task=mbpp"], 1, "MBPP needs the path"),
-        (["{run}", "task=chess"], 2, "must be one of humaneval, mbpp, infilling, heldout"),
+        (["{run}", "task=chess"], 2, "must be one of humaneval, mbpp, infilling, infilling_multi_line, heldout"),
         (["summary", "{run}/nowhere"], 1, "is no run"),
         (["summary"], 1, "no run is given"),
     ],
