@@ -25,6 +25,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from tests.processes import group
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PERIOD = 10
 KEYS = {
@@ -197,11 +199,8 @@ def state_sha256(step: pathlib.Path) -> str:
 
 
 def losses_sha256(run: pathlib.Path) -> str:
-    """Of the losses that were logged, the last of each step; those of evaluations too."""
-    found = {}
-    for record in map(json.loads, (run / "metrics/metrics.jsonl").read_text().splitlines()):
-        found |= {(name, record["step"]): record[name] for name in ("learning/loss", "eval/avg_loss") if name in record}
-    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
+    """Of the losses that were logged."""
+    return hashlib.sha256(json.dumps(sorted(group.losses(run).items())).encode()).hexdigest()
 
 
 def lost_steps(kills: list[Kill]) -> list[tuple[Kill, int]]:

@@ -386,7 +386,7 @@ def test_the_real_trainer_survives_a_preemption_of_its_four_workers(world, in_pr
     assert stopped, logs[0]
     assert f"Resuming after step {stopped[1]} " in logs[1]
     assert "Device count: 4 (cpu, 4 process(es))" in logs[1]
-    found, expected = (group.losses(folder) for folder in (world.shared, tmp_path / "alone"))
+    found, expected = (group.losses(folder / "run") for folder in (world.shared, tmp_path / "alone"))
     assert found.keys() == expected.keys() and len(expected) > 10
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-6)
 

@@ -101,9 +101,9 @@ def words(**keys: object) -> list[str]:
     return ["MaxText/train.py", "configs/base.yml", *(f"{key}={value}" for key, value in given.items())]
 
 
-def losses(folder: pathlib.Path) -> dict[tuple[str, int], float]:
-    """The logged losses of the run below `folder`, by name and step."""
+def losses(run: pathlib.Path) -> dict[tuple[str, int], float]:
+    """The losses a run has logged, the last of each step and of each evaluation, by name and step."""
     found = {}
-    for record in map(json.loads, (folder / "run/metrics/metrics.jsonl").read_text().splitlines()):
+    for record in map(json.loads, (run / "metrics/metrics.jsonl").read_text().splitlines()):
         found |= {(name, record["step"]): record[name] for name in ("learning/loss", "eval/avg_loss") if name in record}
     return found

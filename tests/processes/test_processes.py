@@ -21,7 +21,7 @@ PROGRAM = support.ROOT / "tests/processes/checkpoint_program.py"
 
 
 def assert_same_losses(folder: pathlib.Path, expected: dict[tuple[str, int], float]) -> None:
-    found = group.losses(folder)
+    found = group.losses(folder / "run")
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), atol=1e-6)
 
@@ -31,7 +31,7 @@ def expected(tmp_path_factory):
     """The losses of one process with four devices."""
     folder = tmp_path_factory.mktemp("alone")
     assert group.train(folder, 1, 4, **FSDP).codes() == [0]
-    return group.losses(folder)
+    return group.losses(folder / "run")
 
 
 def test_two_train_as_one_stop_together_and_one_goes_on_from_their_checkpoint(tmp_path, expected):
