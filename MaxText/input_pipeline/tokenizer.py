@@ -6,7 +6,6 @@ characters: so the EOS id means "end of a document" and nothing else, and the lo
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -181,7 +180,8 @@ class HuggingFaceTokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
+        decoder = self._backend.decoder  # whose state is its part of tokenizer.json
+        byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         added = self._backend.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, np.int32)
         for piece, token in self._backend.get_vocab().items():

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 MAX_WORDS = 1_000_000  # then the dictionary begins anew: about 200 MB
+_SPELLED = {byte: 256 + byte for byte in range(33)} | {127: 289}  # how byte-level pieces spell ASCII; all else as it is
 SAMPLE = "def f(x1, *_):\r\n\treturn x['a']  # it's 10%\x1c\n\n\n    \x0c  \n!!\n\ty +=-1;\"\"\"\n   z \n \t"
 
 
@@ -39,8 +40,9 @@ class WordCache:
             return None
         known = self._words
         if new := [word for word in set(words) if word not in known]:  # not by `-`, which walks through all of known
-            for word, encoding in zip(new, self._backend.encode_batch_fast(new, add_special_tokens=False), strict=True):
-                known[word] = array.array("i", encoding.ids).tobytes()
+            for word in new:
+                tokens = self._backend.model.tokenize(word.translate(_SPELLED))
+                known[word] = array.array("i", [token.id for token in tokens]).tobytes()
         if len(known) > MAX_WORDS:
             self._words = {}
         return array.array("i", b"".join(map(known.__getitem__, words))).tolist()

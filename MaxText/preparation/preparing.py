@@ -71,8 +71,7 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
         if _run(workplace, "scan", sizes, engine, workers, log):
             return 1
         dropped = _choose(workplace, numbers, settings, config.vocab_size, given, log)
-        encoder = tokenizer.load(str(out / workplace.read_json("chosen.json")["tokenizer"]))
-        encoder.name = given.name if given else "byte-level BPE trained on this data"  # no path of this machine
+        encoder = given or _trained_tokenizer(str(out / workplace.read_json("chosen.json")["tokenizer"]))
         sizes = {number: max(_chosen_bytes(workplace, number), 1) for number in numbers}
         if _run(workplace, "encode", sizes, engine, workers, log):
             return 1
@@ -164,6 +163,12 @@ def _check_complete(out: Path, digest: str, log: Log) -> int:
         )
     log(f"{out} is complete already: {report['tokens']['train']:,} training tokens")
     return 0
+
+
+def _trained_tokenizer(path: str) -> tokenizer.Tokenizer:
+    trained = tokenizer.load(path)
+    trained.name = "byte-level BPE trained on this data"  # no path of this machine
+    return trained
 
 
 def _run(workplace: Workplace, task: str, sizes: dict[int, int], engine: Any, workers: int, log: Log) -> bool:
