@@ -44,8 +44,9 @@ def leave() -> None:
 
 def is_lost_process(error: Exception) -> bool:
     """Whether a run of several processes fails because another one, or the network to it, is gone."""
-    several = jax.distributed.is_initialized()
-    return several and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")  # of memory and of compiling: not of the others
+    several = jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
+    return several and not any(code in str(error) for code in own)
 
 
 def from_first_process(function: Callable[[], int]) -> int:

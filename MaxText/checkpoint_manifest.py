@@ -119,10 +119,13 @@ def _record(path: Path, sync: bool = False) -> dict[str, Any]:
 
 
 def _difference(path: Path, listed: dict[str, Any], hashes: bool) -> str:
-    size = path.stat().st_size if path.is_file() else 0
-    if size != listed["bytes"]:
-        return f"has {size:,} bytes and not {listed['bytes']:,}"
-    return "has other bytes than were written" if hashes and _record(path)["sha256"] != listed["sha256"] else ""
+    try:
+        size = path.stat().st_size if path.is_file() else 0
+        if size != listed["bytes"]:
+            return f"has {size:,} bytes and not {listed['bytes']:,}"
+        return "has other bytes than were written" if hashes and _record(path)["sha256"] != listed["sha256"] else ""
+    except OSError as error:  # a disk that fails
+        return f"cannot be read: {error.strerror}"
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -139,9 +139,12 @@ class Checkpointer:
         assert self._staging is not None
         staged = self._staging / str(step)
         size = sum(record["bytes"] for record in checkpoint_manifest.read(staged)["files"].values())
-        for old in reversed(checkpoint_manifest.steps_in(self.directory)):
+        there = checkpoint_manifest.steps_in(self.directory)[::-1]
+        for old in sorted(there, key=lambda one: one in self._keep_always):  # those that are always kept go last
             if shutil.disk_usage(self.directory).free > 1.02 * size:
                 break
+            if old in self._keep_always:
+                _LOG.warning("checkpoint %s, an epoch's end, is deleted to make room for %s", old, step)
             _delete(self.directory / str(old))
         partial = self.directory / f"{_UNFINISHED}{step}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -185,7 +188,7 @@ class Checkpointer:
             return None
         directory, config = self._path(newest), self._run_info["config"]
         saved = read_info(directory)["config"]
-        keys = config_changes.training_keys(saved, config)
+        keys = config_changes.training_keys(config)
         config_changes.check_same(directory, saved, config, keys, "training", allowed)
         return restore_step(directory, abstract, config, data, allowed, verified=True)
 

@@ -81,10 +81,10 @@ def check_same(
     )
 
 
-def training_keys(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The keys of both configs that change what is learned, those of the model and the data's position aside."""
+def training_keys(wanted: Mapping[str, Any]) -> list[str]:
+    """The keys that change what is learned, those of the model and the data's position aside."""
     aside = {*_FREE_KEYS.split(), *STATE_KEYS}
-    return [key for key in wanted if key in saved and key not in aside and not key.startswith(_FREE_PREFIXES)]
+    return [key for key in wanted if key not in aside and not key.startswith(_FREE_PREFIXES)]
 
 
 def described(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

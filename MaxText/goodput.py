@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ACTIVITIES = ("startup", "compile", "restore", "step", "data wait", "eval", "save")
 _SECONDS_BETWEEN_RECORDS = 5.0
@@ -106,13 +107,21 @@ class RunRecord:
         return {} if self._directory is None else run_seconds(self._directory, time.time())
 
 
+def _record(path: Path) -> dict[str, Any] | None:
+    """What one launch left; None where a full disk or a loss of power left nothing that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
 def run_seconds(directory: Path, now: float) -> dict[str, float]:
     """Where the time since a run's first launch went; the values sum to it.
 
     Steps that were taken again later count as `lost work`, what no launch accounts for as `not running`; `step` is what
     is left: the productive time.
     """
-    launches = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    launches = [record for path in directory.glob("*.json") if (record := _record(path)) is not None]
     launches.sort(key=lambda launch: launch["started"])
     total: dict[str, float] = dict.fromkeys((*ACTIVITIES, "lost work", "not running"), 0.0)
     kept = math.inf  # the steps after it were taken again by a later launch

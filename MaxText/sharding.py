@@ -94,7 +94,7 @@ def ring_of_eight(devices: Sequence[Any]) -> list[Any]:
     JAX 0.10.2 puts them in the order of a 4x2 grid, in which four of the eight steps are no wires. Each half of the
     ring is one host where there are two.
     """
-    grid = {tuple(getattr(device, "coords", ())[:2]): device for device in devices}
+    grid: dict[tuple[int, ...], Any] = {tuple(getattr(device, "coords", ())[:2]): device for device in devices}
     edge = [(1, 1), (1, 0), (0, 0), (0, 1), (0, 2), (0, 3), (1, 3), (1, 2)]
     return [grid[place] for place in edge] if len(devices) == 8 and set(grid) == set(edge) else []
 
@@ -112,7 +112,7 @@ def hybrid_devices(shape: Sequence[int], slices: Sequence[int], devices: Sequenc
     """
     from jax.experimental import mesh_utils
 
-    by_process = not hasattr(devices[0], "slice_index")
+    by_process = devices[0].platform != "tpu" and num_slices(devices) == 1
     there = len({device.process_index for device in devices}) if by_process else num_slices(devices)
     if there != math.prod(slices):
         given = " x ".join(f"dcn_{axis}_parallelism={size}" for axis, size in zip(MESH_AXES, slices, strict=True))

@@ -93,8 +93,8 @@ def train(config: FrozenConfigDict, console: Console, stop: preemption.StopSigna
     position = resume.data_position(job, data.train)
     agreement.check_same({"the config": config.to_dict(), "the data": position})
     if config.enable_checkpointing:
-        keep = config.max_num_checkpoints_to_keep + len(_epoch_ends(job, data))
-        console.emit(checkpoint_space.check(job.directory, _staging(config), job.abstract_state, keep))
+        keep, epochs = config.max_num_checkpoints_to_keep, len(_epoch_ends(job, data))
+        console.emit(checkpoint_space.check(job.directory, _staging(job), job.abstract_state, keep, epochs))
     loader.check_epochs(config.steps, job.global_batch_size, data.train.num_windows, config.num_epoch)
     with ledger.charge("compile"):
         lowered = lower(job)
@@ -144,7 +144,7 @@ class Run:
             keep=config.max_num_checkpoints_to_keep,
             keep_always=self.epoch_ends,
             asynchronous=config.async_checkpointing,
-            staging=_staging(config),
+            staging=_staging(job),
         )
         self.timer = goodput.StepTimer()
         self.goodput = goodput.RunRecord(job.directory / "goodput" if self.is_first_process else None, ledger)
@@ -334,7 +334,7 @@ class Run:
             with self.ledger.charge("compile"), self.watchdog.longer():
                 self.held_out.compile(params, self.stop.wait_for)
             with self.ledger.charge("eval"), self.watchdog.longer(), self.stop.may_give_up():
-                metrics = self.held_out(params)
+                metrics = self.held_out(params, self.watchdog.alive)
         except preemption.Stopped:
             self.gave_up = True
             self.console.emit(f"{self.stop.requested}: the evaluation after step {step:,} was given up")
@@ -381,6 +381,6 @@ def _epoch_ends(job: Job, data: loader.Datasets) -> list[int]:
     return schedule_plan.epoch_ends(config.steps, job.global_batch_size, windows) if keeps else []
 
 
-def _staging(config: FrozenConfigDict) -> Path | None:
-    folder = config.checkpoint_staging_directory
-    return Path(folder).expanduser() / config.run_name if folder else None
+def _staging(job: Job) -> Path | None:
+    folder = job.config.checkpoint_staging_directory
+    return checkpoint_space.staging_place(Path(folder), job.directory) if folder else None

@@ -47,13 +47,18 @@ class HeldOut:
             self._step = wait_for(self._step.lower(params, self._batch, self._token_bytes).compile)
             self._is_compiled = True
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """The metrics under their names; bits per byte only where the data has bytes."""
+    def __call__(self, params: Any, alive: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The metrics under their names; bits per byte only where the data has bytes.
+
+        Args:
+            alive: called after each batch.
+        """
         sums: collections.Counter[str] = collections.Counter()
         for index in range(self._num_batches):
             batch = device.global_batch(self._dataset, index, self._rows, self._where)
             result = jax.device_get(self._step(params, batch, self._token_bytes))
             sums.update({name: float(value) for name, value in result.items()})
+            alive()
         nll, weights, num_bytes = sums["nll"], sums["total_weights"], sums["bytes"]
         loss = nll / max(weights, 1.0)
         metrics = {

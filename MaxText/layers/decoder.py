@@ -128,8 +128,9 @@ def remat(layer: Callable, policy: str, places: tuple[str, ...]) -> Callable:
     if policy == "none":
         return layer
     if policy == "minimal":
-        # All but what the next layer's input gives: by name, so that a fused kernel counts as its result and no more.
-        keep = policies.save_only_these_names(*CHECKPOINT_NAMES[1:-1])
+        # By name, so that a fused kernel counts as its result and no more. Not what the two sums of the residual stream
+        # give: the next layer's input has one of them, and the other costs one small product to make again.
+        keep = policies.save_only_these_names(*set(CHECKPOINT_NAMES[1:]) - {"out_proj", "mlpwo"})
     elif policy == "full":
         keep = policies.nothing_saveable
     elif policy == "custom":

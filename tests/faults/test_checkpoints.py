@@ -203,6 +203,64 @@ def test_room_is_foretold(tmp_path, trainer, monkeypatch):
         with_room_for(0.9, keep=1, staging=tmp_path / "scratch")
 
 
+def test_what_is_proposed_for_too_little_room_fits(tmp_path, trainer, monkeypatch):
+    each = checkpoint_space.state_bytes(trainer.abstract)
+    usage = types.SimpleNamespace(free=int(1.5 * each))  # as on Kaggle: 20 GB for checkpoints of 13
+    monkeypatch.setattr(checkpoint_space.shutil, "disk_usage", lambda _: usage)
+    proposed = "Use checkpoint_every_epoch=false, max_num_checkpoints_to_keep=1 with checkpoint_staging_directory="
+    with pytest.raises(OSError, match=proposed):
+        checkpoint_space.check(tmp_path, None, trainer.abstract, keep=3, epochs=4)
+    with pytest.raises(OSError, match="Use checkpoint_every_epoch=false with max_num_checkpoints_to_keep=1, or base"):
+        checkpoint_space.check(tmp_path, tmp_path / "scratch", trainer.abstract, keep=1, epochs=4)
+    checkpoint_space.check(tmp_path, tmp_path / "scratch", trainer.abstract, keep=1)
+
+
+def test_two_runs_of_one_name_are_staged_apart_and_several_processes_not_at_all(tmp_path, monkeypatch):
+    places = [checkpoint_space.staging_place(tmp_path, tmp_path / folder / "run") for folder in ("a", "b")]
+    assert places[0] != places[1] and places[0].parent == tmp_path
+    monkeypatch.setattr(checkpoint_space.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="checkpoint_staging_directory=.* with 2 processes"):
+        checkpoint_space.staging_place(tmp_path, tmp_path / "run")
+
+
+def test_an_epochs_end_makes_room_for_a_staged_one_last(tmp_path, trainer, monkeypatch):
+    saver = checkpointing.Checkpointer(
+        tmp_path / "checkpoints",
+        {"config": CONFIG.to_dict()},
+        keep=1,
+        keep_always=[1],
+        asynchronous=False,
+        staging=tmp_path / "scratch",
+    )
+    for step in (1, 2):
+        saver.save(trainer.state, step, DATA)
+    room = iter([0, 10**12])  # full until one has gone
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=next(room)))
+    saver.save(trainer.state, 3, DATA)
+    saver.close()
+    assert saver.steps() == [3, 1]
+
+
+def test_a_disk_that_cannot_read_the_newest_gives_the_one_before(copy, trainer, saved, monkeypatch):
+    real = checkpoint_manifest._record
+
+    def failing(path, *arguments, **keys):
+        if "/3/" in str(path):
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **keys)
+
+    monkeypatch.setattr(checkpoint_manifest, "_record", failing)
+    assert_same(restored(copy, trainer), saved[1][2])
+
+
+def without_key(directory: pathlib.Path, key: str) -> None:
+    """The step as an earlier version wrote it."""
+    info = json.loads((directory / "config.json").read_text())
+    del info["config"][key]
+    (directory / "config.json").write_text(json.dumps(info))
+    checkpoint_manifest.write(directory, int(directory.name))
+
+
 def test_a_change_of_the_training_is_refused_with_its_difference_unless_it_is_allowed(copy, trainer):
     def attempt(data=DATA, allowed=(), **changes):
         changed = CONFIG.to_dict() | changes
@@ -215,6 +273,11 @@ def test_a_change_of_the_training_is_refused_with_its_difference_unless_it_is_al
     with pytest.raises(checkpointing.Mismatch, match="or, if the change is meant, allow_config_change=learning_rate"):
         attempt(learning_rate=0.5)
     assert attempt(learning_rate=0.5, allowed=["adam_b1", "learning_rate"]) is not None
+    for step in (1, 2, 3):  # a key that is younger than the checkpoint
+        without_key(copy / f"checkpoints/{step}", "dropout_rate")
+    assert attempt() is not None
+    with pytest.raises(checkpointing.Mismatch, match="dropout_rate: 0.0 there, 0.5 here"):
+        attempt(dropout_rate=0.5)
     with pytest.raises(checkpointing.Mismatch, match="dataset: 'synthetic' there, 'other' here"):
         attempt({"dataset": "other"})
     assert attempt({"dataset": "other"}, allowed=["dataset"]) is not None

@@ -33,6 +33,12 @@ def test_going_back_further_than_one_launch(tmp_path):
     assert total["step"] == pytest.approx(250)
 
 
+def test_a_record_that_a_loss_of_power_emptied_is_left_out(tmp_path):
+    launch(tmp_path, 0.0, 0, 100, step=100.0)
+    (tmp_path / "100.000.json").write_text("")
+    assert goodput.run_seconds(tmp_path, now=150.0)["not running"] == pytest.approx(50)
+
+
 def test_a_record_is_written_at_once_when_asked_and_seldom_otherwise(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(goodput.time, "perf_counter", lambda: now[0])

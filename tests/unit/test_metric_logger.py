@@ -53,6 +53,18 @@ def test_json_lines_are_whole_at_once_and_appended(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
+def test_half_a_line_of_a_full_disk_is_no_evaluation(tmp_path):
+    logger = metric_logger.MetricLogger(tmp_path, enable_tensorboard=False, emit=lambda line: None)
+    logger.evaluation(20, {"eval/avg_loss": 2.0, "eval/avg_perplexity": 7.389, "eval/total_weights": 100.0})
+    logger.close()
+    with logger.jsonl.open("a") as file:
+        file.write('{"step": 40, "eval/avg_loss"')
+    resumed = metric_logger.MetricLogger(tmp_path, enable_tensorboard=False, emit=lambda line: None)
+    found = resumed.has_evaluation(20), resumed.has_evaluation(40)
+    resumed.close()
+    assert found == (True, False)
+
+
 def test_the_ledger_sums_to_the_wall_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(goodput.time, "perf_counter", lambda: now[0])
