@@ -283,6 +283,10 @@ def test_a_change_of_the_training_is_refused_with_its_difference_unless_it_is_al
     assert attempt({"dataset": "other"}, allowed=["dataset"]) is not None
     with pytest.raises(checkpointing.Mismatch, match="another model:\n  head_dim: 8 there, 16 here"):
         attempt(head_dim=16, allowed=["head_dim"])
+    with pytest.raises(checkpointing.Mismatch, match="another model:\n  vocab_size: "):
+        attempt(vocab_size=512)
+    with pytest.raises(checkpointing.Mismatch, match="another training:\n  init_weights_seed: "):
+        attempt(init_weights_seed=7)
 
 
 def test_the_command_lists_verifies_and_inspects(copy, capsys):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from MaxText import checkpointing, preemption, train_loop
+from MaxText import checkpoint_manifest, checkpointing, preemption, train_loop
 from MaxText.evaluation import held_out
 from tests import support
 from tests.faults import training
@@ -132,26 +132,44 @@ def stuck(*_):
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
 resume.restore_or_initialize = stuck
 """,
+    # In the middle of the second checkpoint, before it is vouched for.
     "saving": """
-from MaxText import checkpointing
-def stuck(*_):
-    print("STUCK", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
-checkpointing.Checkpointer.save = stuck
+from MaxText import checkpoint_manifest
+def stuck(directory, step, write=checkpoint_manifest.write):
+    if step > 1:
+        print("STUCK", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+    write(directory, step)
+checkpoint_manifest.write = stuck
 """,
+    "data": """
+import threading
+from MaxText import batch_feed
+def stuck(self, calls=[], real=batch_feed.BatchFeed.__next__):
+    calls.append(1)
+    if len(calls) == 6:
+        print("STUCK", flush=True)
+        threading.Event().wait()
+    return real(self)
+batch_feed.BatchFeed.__next__ = stuck
+""",
+    "": "",
 }
 
 
-def stuck_process(tmp_path: pathlib.Path, environment: dict[str, str], where: str, **keys) -> subprocess.Popen:
+def launched(tmp_path: pathlib.Path, environment: dict[str, str], where: str, **keys) -> subprocess.Popen:
     program = DRIVER.format(root=str(support.ROOT), package=str(support.ROOT / "MaxText"), replacement=STUCK[where])
     cache = support.ROOT / ".pytest_cache/jax_stopping"
     given = support.SMALL | training.KEYS | {"base_output_directory": tmp_path, "run_name": "run"}
     given |= {"jax_cache_dir": cache} | keys
     config = [str(support.ROOT / "configs/base.yml"), *(f"{key}={value}" for key, value in given.items())]
     command = [sys.executable, "-c", program, str(support.ROOT / "MaxText/train.py"), *config]
-    process = subprocess.Popen(
-        command, env=environment | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True, cwd="/"
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment | {"JAX_PLATFORMS": "cpu"}, cwd="/", **streams)
+
+
+def stuck_process(tmp_path: pathlib.Path, environment: dict[str, str], where: str, **keys) -> subprocess.Popen:
+    process = launched(tmp_path, environment, where, **keys)
     for line in process.stdout:
         if line == "STUCK\n":
             return process
@@ -168,7 +186,8 @@ def test_before_there_is_anything_to_save_it_ends_at_once(tmp_path, user_environ
 
 
 def test_a_second_signal_ends_it_in_two_seconds(tmp_path, user_environment):
-    with stuck_process(tmp_path, user_environment, "saving", checkpoint_period=1) as process:
+    keys = {"checkpoint_period": 1, "async_checkpointing": "false"}
+    with stuck_process(tmp_path, user_environment, "saving", **keys) as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         assert process.poll() is None
@@ -176,3 +195,18 @@ def test_a_second_signal_ends_it_in_two_seconds(tmp_path, user_environment):
         begin = time.monotonic()
         assert process.wait(20) == 128 + signal.SIGTERM
         assert time.monotonic() - begin < 2
+    assert checkpoint_manifest.steps_in(tmp_path / "run/checkpoints") == [1]
+    checkpoint_manifest.verify(tmp_path / "run/checkpoints/1")
+
+
+def test_a_run_that_waits_for_data_for_ever_is_ended_and_goes_on(tmp_path, user_environment):
+    keys = {"checkpoint_period": 4, "hang_timeout_minutes": 0.05}
+    with stuck_process(tmp_path, user_environment, "data", **keys) as process:
+        assert process.wait(60) == 75
+        said = process.stdout.read()
+    assert "HANG: no sign of life for " in said and "in: data wait" in said
+    (report,) = (tmp_path / "run").glob("hang-*.txt")
+    assert "in stuck" in report.read_text()
+    with launched(tmp_path, user_environment, "", **keys) as process:
+        said = process.stdout.read()
+    assert process.returncode == 0 and "Resuming after step 4 " in said, said

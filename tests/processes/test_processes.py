@@ -66,6 +66,10 @@ def test_where_one_is_killed_the_other_ends_soon_and_can_be_resumed(tmp_path):
     assert whole and whole[0] >= 2
     both.kill()
     checkpoint_manifest.verify(tmp_path / f"run/checkpoints/{whole[0]}")
+    keys = FSDP_AND_TENSOR | {"checkpoint_period": 2, "steps": whole[0] + 2}
+    again = group.train(tmp_path, 2, 2, **keys)
+    assert again.codes() == [0, 0], again.output(0)
+    assert f"Resuming after step {whole[0]} " in again.output(0)
 
 
 def test_a_checkpoint_of_two_is_read_bit_for_bit_by_one(tmp_path):
