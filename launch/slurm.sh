@@ -16,8 +16,19 @@ echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on ${SLURM_JOB_NUM_NO
 # as long to end by themselves.
 srun --label --wait=300 "$@"
 code=$?
-if ((code == 75 && ${SLURM_RESTART_COUNT:-0} < 100)); then
-  echo "interrupted and saved: queued again"
+# srun's code is the highest of all: 128 + n where a process was ended by signal n, as when memory runs out, and where
+# the others, who have lost it, abort.
+if ((code == 75)); then
+  why="interrupted and saved"
+elif ((code > 128)); then
+  why="ended by signal $((code - 128))"
+else
+  exit $code
+fi
+if ((${SLURM_RESTART_COUNT:-0} < 100)); then
+  echo "$why: queued again"
   scontrol requeue "$SLURM_JOB_ID"
+else
+  echo "$why, for the 101st time: not queued again; sbatch with the same command goes on"
 fi
 exit $code

@@ -85,7 +85,7 @@ def parses(text: str) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            symtable.symtable(text, "<file>", "exec")
+            symtable.symtable(text.removeprefix("\ufeff"), "<file>", "exec")  # a file may begin with the mark
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

@@ -2,7 +2,7 @@
 
 In: `kind:place`, or several as a fallback chain. Out: units, each a list of pieces of about UNIT_BYTES together, small
 enough to be done again after a kill. Files are found and read through fsspec, so a place may be gs:// as well as a
-path. A file that cannot even be opened becomes a piece too: it is counted and named where it is read.
+path. A file that is broken becomes a piece too: it is counted and named where it is read.
 """
 
 import dataclasses
@@ -124,6 +124,16 @@ def file_system(place: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(os.path.expanduser(place))
 
 
+def is_broken_data(error: Exception) -> bool:
+    """Whether an error is of the data's form; those of a disk, a network or memory are not: trying again helps.
+
+    Arrow and ArrayRecord, too, raise OSError where data is broken: that class itself, without a number.
+    """
+    if isinstance(error, OSError):
+        return type(error) is OSError and error.errno is None
+    return not isinstance(error, MemoryError)
+
+
 def _group(pieces: Iterable[Piece], unit_bytes: int) -> Iterator[tuple[Piece, ...]]:
     group: list[Piece] = []
     size = 0
@@ -171,7 +181,9 @@ def _list_parquet(place: str, unit_bytes: int) -> Iterator[Piece]:
             with file_system(path)[0].open(path) as file:
                 footer = pyarrow.parquet.read_metadata(file)
                 sizes = [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)]
-        except (pyarrow.ArrowException, OSError, ValueError):  # named again, and counted, when it is read
+        except (pyarrow.ArrowException, OSError, ValueError) as error:  # named again, and counted, when it is read
+            if not is_broken_data(error):
+                raise
             yield Piece(path, 0, -1, info["size"], _version(info))
             continue
         start = 0
@@ -192,7 +204,7 @@ def _list_dir(place: str, unit_bytes: int) -> Iterator[Piece]:
 def _list_embedded(place: str, unit_bytes: int) -> Iterator[Piece]:
     for path in embedded_files():
         info = path.stat()
-        yield Piece(path.as_uri(), 0, -1, info.st_size, str(info.st_mtime))
+        yield Piece(f"file://{path}", 0, -1, info.st_size, str(info.st_mtime))
 
 
 def _list_hf(place: str, unit_bytes: int) -> Iterator[Piece]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from MaxText.input_pipeline import hub, sources
-from MaxText.input_pipeline.inputs import Piece, Unit, file_system
+from MaxText.input_pipeline.inputs import Piece, Unit, file_system, is_broken_data
 
 # The-stack, codeparrot-clean, starcoderdata, the-stack-v2 and what people call their own columns.
 TEXT_COLUMNS = ("content", "text", "code", "input_ids", "tokens")
@@ -88,7 +88,8 @@ def _read_file(piece: Piece, unit: Unit) -> Iterator[Record | Bad]:
     relative = min(inside, key=lambda p: len(p.parts), default=PurePosixPath(path))
     repository = relative.parts[0] if len(relative.parts) > 1 else ""
     name = PurePosixPath(*relative.parts[1:]) if repository else relative
-    yield Record(piece.path, text=text, repository=repository, path=str(name))
+    record = Record(piece.path, text=text, repository=repository, path=str(name))
+    yield record if _is_utf8(repository, record.path) else Bad(piece.path, "not_utf8", "the name of the file")
 
 
 Row = tuple[str, Mapping[str, Any]]
@@ -185,8 +186,8 @@ def _parquet_rows(piece: Piece, text_column: str) -> Iterator[Row | Bad]:
                         yield f"{piece.path}:row group {group}, row {row}", values
                         row += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | ConnectionError | TimeoutError):
-            raise  # Arrow's own errors of broken data are OSErrors, too
+        if not is_broken_data(error):
+            raise
         yield Bad(piece.path, "broken_parquet", f"row group {group}: {str(error).splitlines()[0][:200]}")
 
 
@@ -226,6 +227,8 @@ def _tfds_rows(piece: Piece) -> Iterator[Row | Bad]:
         try:
             example = source[index]
         except (RuntimeError, ValueError, OSError) as error:
+            if not is_broken_data(error):
+                raise
             yield Bad(place, "broken_record", str(error)[:200])
             continue
         yield place, {key: _decoded(value) for key, value in example.items()}
@@ -237,7 +240,7 @@ def _decoded(value: Any) -> Any:
 
 def _records(rows: Iterable[Row | Bad], text_column: str, eos_id: int) -> Iterator[Record | Bad]:
     rows = iter(rows)
-    head = list(itertools.islice(rows, PACKED_EVIDENCE_ROWS))
+    head = list(itertools.islice(rows, PACKED_EVIDENCE_ROWS + 1))
     is_packed = _is_packed(head, text_column)
     packed: list[np.ndarray] = []  # the beginning of a document that goes on in the next row
     packed_place = ""
@@ -270,28 +273,37 @@ def _records(rows: Iterable[Row | Bad], text_column: str, eos_id: int) -> Iterat
 
 
 def _is_packed(rows: Sequence[Row | Bad], text_column: str) -> bool:
-    """Whether rows of token ids are a stream cut at one length, and not a document each."""
+    """Whether rows of token ids are a stream cut at one length, its end maybe shorter, and not a document each."""
     names = (text_column,) if text_column else TEXT_COLUMNS
     columns = [_token_ids(_first(row[1], names)) for row in rows if not isinstance(row, Bad)]
-    sizes = {0 if ids is None else ids.size for ids in columns}
-    return len(columns) > 1 and len(sizes) == 1
+    sizes = [0 if ids is None else ids.size for ids in columns]
+    if len(set(sizes[:-1])) != 1:
+        return False
+    is_last_alike = sizes[-1] == sizes[0] or (len(sizes) > 2 and sizes[-1] < sizes[0])
+    return len(sizes) > PACKED_EVIDENCE_ROWS or is_last_alike
 
 
 def _text_record(place: str, text: str, values: Mapping[str, Any]) -> Record | Bad:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return Bad(place, "not_utf8")
+    repository, path = (str(_first(values, names) or "") for names in (REPOSITORY_COLUMNS, PATH_COLUMNS))
     licenses = _first(values, LICENSE_COLUMNS)
+    if not _is_utf8(text, repository, path):
+        return Bad(place, "not_utf8", "the text" if not _is_utf8(text) else "the repository or the path")
     if isinstance(licenses, str):
         licenses = [licenses]
-    return Record(
-        place,
-        text=text,
-        repository=str(_first(values, REPOSITORY_COLUMNS) or ""),
-        path=str(_first(values, PATH_COLUMNS) or ""),
-        licenses=None if licenses is None else tuple(map(str, licenses)),
-    )
+    if not isinstance(licenses, list | tuple | np.ndarray | None):
+        return Bad(place, "no_licenses", f"{str(licenses)[:100]} where a licence or a list of them belongs")
+    licenses = None if licenses is None else tuple(map(str, licenses))
+    return Record(place, text=text, repository=repository, path=path, licenses=licenses)
+
+
+def _is_utf8(*texts: str) -> bool:
+    """Whether these can be written as UTF-8: no halves of characters, as JSON and names of files may hold."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _first(values: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -300,7 +312,10 @@ def _first(values: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def _token_ids(content: Any) -> np.ndarray | None:
     if isinstance(content, list | np.ndarray):
-        ids = np.asarray(content)
+        try:
+            ids = np.asarray(content)
+        except ValueError:  # rows of different lengths
+            return None
         if ids.ndim == 1 and ids.size and np.issubdtype(ids.dtype, np.integer):
             return ids.astype(np.int64)
     return None

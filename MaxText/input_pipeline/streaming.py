@@ -58,7 +58,7 @@ class StreamDataset:
         """The rows `rows` of the global batch of step `step`: int32 [rows, sequence_length] under packing.KEYS.
 
         Raises:
-            ValueError: the source was read `num_epoch` times, or holds nothing.
+            ValueError: the source was read `num_epoch` times, holds nothing, or holds ids of another tokenizer.
         """
         with self._lock:  # the stream is one, whoever reads
             if global_batch_size != self._batch_size or (step < self._next_step and step not in self._made):
@@ -127,6 +127,7 @@ class StreamDataset:
             if isinstance(record, readers.Bad):
                 continue
             if record.ids is not None:
+                self._check_ids(record.location, record.ids)
                 yield record.ids
             elif record.text is not None and filters.drop_reason(record.text) is None:
                 texts.append(record.text)
@@ -134,3 +135,10 @@ class StreamDataset:
                 yield from self._tokenizer.encode(texts)
                 texts = []
         yield from self._tokenizer.encode(texts)
+
+    def _check_ids(self, location: str, ids: np.ndarray) -> None:
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
+            raise ValueError(
+                f"{location}: token ids {ids.min()} to {ids.max()} are not all of the tokenizer's 0 to "
+                f"{self._tokenizer.vocab_size - 1}; set tokenizer_path to the one they were made with"
+            )

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,7 +382,18 @@ def disk_errors() -> Iterator[None]:
 
 
 def open_array_record(path: Path) -> Any:
-    """A reader of the file's records, to be used as `read(i, i + 1)`: see the module's first lines."""
+    """A reader of the file's records, to be used as `read(i, i + 1)`: see the module's first lines.
+
+    Raises:
+        OSError: it cannot be opened, of which ArrayRecord itself makes a file without records.
+    """
     from array_record.python.array_record_module import ArrayRecordReader
 
-    return ArrayRecordReader(str(path), "readahead_buffer_size:0")
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+    if not reader.num_records():
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise OSError(f"{error}; if too many are open, raise the limit of {limit:,} by ulimit -n") from error
+    return reader

@@ -6,6 +6,7 @@ characters: so the EOS id means "end of a document" and nothing else, and the lo
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -54,7 +55,7 @@ class Tokenizer(Protocol):
     special_ids: dict[str, int]  # by role, those of ROLES that it has
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, without BOS or EOS; no text can produce `eos_id`."""
+        """The token ids of each text, without BOS or EOS; no text can produce `eos_id` or one of `special_ids`."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -127,7 +128,7 @@ def load(tokenizer_path: str) -> Tokenizer:
 
     Raises:
         FileNotFoundError: there is no such file, or the hub name is neither cached nor reachable.
-        ValueError: it is no tokenizer, it has no EOS, or text can spoof its EOS.
+        ValueError: it is no tokenizer, it has no EOS, or text can spoof its EOS or a token of ROLES.
     """
     path = Path(tokenizer_path).expanduser()
     if path.suffix == ".model":
@@ -136,11 +137,13 @@ def load(tokenizer_path: str) -> Tokenizer:
         tokenizer: Tokenizer = SentencePieceTokenizer(path)
     else:
         tokenizer = HuggingFaceTokenizer(tokenizer_path, _load_hugging_face(tokenizer_path, path))
-    if tokenizer.eos_id in tokenizer.encode([tokenizer.decode([tokenizer.eos_id])])[0]:
-        raise ValueError(
-            f"tokenizer_path={tokenizer_path}: the text of its end-of-text token is encoded as that token, so that a "
-            "file which contains it would look like two; use a tokenizer that can split special tokens"
-        )
+    for role, token in {"end-of-text": tokenizer.eos_id, **tokenizer.special_ids}.items():
+        if token in tokenizer.encode([tokenizer.decode([token])])[0]:
+            raise ValueError(
+                f"tokenizer_path={tokenizer_path}: the text of its {role} token is encoded as that token, so that a "
+                "file which contains it would look like two, or like parts; use a tokenizer that can split special "
+                "tokens"
+            )
     if (decoded := tokenizer.decode(tokenizer.encode([ROUND_TRIP_SAMPLE])[0])) != ROUND_TRIP_SAMPLE:
         warnings.warn(
             f"tokenizer_path={tokenizer_path} does not reproduce text exactly: {ROUND_TRIP_SAMPLE!r} becomes "
@@ -151,19 +154,26 @@ def load(tokenizer_path: str) -> Tokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A fast tokenizer of `transformers`, used through its `tokenizers` backend."""
+    """A fast tokenizer of `transformers`: it is saved as it came, and a copy of its `tokenizers` backend encodes.
+
+    The copy neither truncates nor pads, and takes the tokens of ROLES for special ones, which not all tokenizers do.
+    """
 
     def __init__(self, name: str, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-        if self._backend is None:
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
             raise ValueError(f"tokenizer_path={name}: it has no fast (`tokenizers`) form; convert it to one")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer_path={name}: it has no end-of-text token; set eos_token in its configuration")
         self.name = name
-        self.fingerprint = hashlib.sha256(self._backend.to_str().encode()).hexdigest()
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        state = backend.to_str()
+        self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
+        content = json.loads(state) | {"truncation": None, "padding": None}
+        roles = [spelling.format(role) for role in ROLES for spelling in SPELLINGS]
+        for token in content["added_tokens"]:
+            token["special"] |= token["content"] in roles
+        self._backend: Any = type(backend).from_str(json.dumps(content))
         self._backend.encode_special_tokens = True
         self._words = WordCache(self._backend)
         self.eos_id: int = tokenizer.eos_token_id

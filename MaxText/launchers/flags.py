@@ -9,6 +9,7 @@ from MaxText.launchers import gcloud
 from MaxText.launchers.gcloud import LaunchError
 
 _BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,220}[a-z0-9]")
+_OUTPUT_DIRECTORY = re.compile(r"""\bbase_output_directory=["']?([^\s"';&|]+)""")
 
 
 def parser(program: str, text: str) -> argparse.ArgumentParser:
@@ -61,6 +62,12 @@ def bucket_url(name: str, directory: str, run_name: str) -> str:
     if re.search(r"[*?\[\]#\x00-\x1f\x7f]", path):
         raise LaunchError(f"{path!r} in a bucket: gcloud takes * ? [ ] # for patterns; choose another --BUCKET_DIR")
     return f"gs://{name}/{path}"
+
+
+def output_directory(command: str) -> str:
+    """The base_output_directory in a command, as bash has it to expand; empty where the command names none."""
+    match = _OUTPUT_DIRECTORY.search(command)
+    return match[1] if match else ""
 
 
 def place(arguments: argparse.Namespace, **settings: bool) -> gcloud.Gcloud:

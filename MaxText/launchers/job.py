@@ -22,9 +22,13 @@ Creates TPU slices (a queued resource), runs a command on all their workers, cre
 and deletes them at the end. Logs, and how each worker ended, go to the bucket.
 
   python3 MaxText/multihost_job.py --TPU_TYPE=v6e-8 --BUCKET_NAME=my-bucket --RUN_NAME=first \\
-      --COMMAND='.venv/bin/python MaxText/train.py configs/validate_10m.yml run_name=first'
+      --SETUP='bash setup.sh --device tpu && mkdir -p /bucket \\
+               && gcsfuse --implicit-dirs --rename-dir-limit=200000 my-bucket /bucket' \\
+      --COMMAND='.venv/bin/python MaxText/train.py configs/validate_10m.yml run_name=first \\
+                 base_output_directory=/bucket/runs'
 
-The same command again goes on watching. The exit code is 0 when the command is complete."""
+Checkpoints must lie in a bucket (docs/running.md, Buckets): the slices' own disks go with them. The same command again
+goes on watching. The exit code is 0 when the command is complete."""
 
 POLL_SECONDS = 30
 _ATTEMPT = re.compile(r"/attempts/(\d+)/order\.json$", re.MULTILINE)
@@ -115,6 +119,7 @@ class _Job:
         if self.arguments.DELETE:
             self._change(self.gcloud.delete_queued_resource(self.name))
             return 0
+        self._warn_of_lost_checkpoints()
         if self.arguments.dry_run:
             self._ask_for_slices()
             self._change(self.gcloud.delete_queued_resource(self.name))
@@ -128,6 +133,19 @@ class _Job:
         else:
             self._ask_for_slices()
         return self._watch() if self.arguments.WATCH else 0
+
+    def _warn_of_lost_checkpoints(self) -> None:
+        """Says so where the command seems to write to the slices' own disks; a mount cannot be told from here."""
+        directory = flags.output_directory(self.arguments.COMMAND)
+        if self.arguments.MAX_RESTARTS and not directory.startswith(("/", "$", "~")):
+            given = f"base_output_directory={directory}, no absolute path" if directory else "no base_output_directory"
+            print(
+                f"warning: --COMMAND has {given}: checkpoints on a slice's own disk are lost when it is preempted, and "
+                "the restart begins at step 0. Mount a bucket in --SETUP and name it, such as "
+                "base_output_directory=/bucket/runs (docs/running.md, Buckets)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _watch(self) -> int:
         """Waits for the end, and asks for new slices as often as they are taken away."""
@@ -202,6 +220,7 @@ class _Job:
             "preflight": self.arguments.PREFLIGHT,
             "python": self.arguments.PYTHON,
             "bucket": self.attempt_url,
+            "output_directory": flags.output_directory(self.arguments.COMMAND),
             "chips": self.arguments.NUM_SLICES * self.slice.chips,
             "min_free_gb": self.arguments.MIN_FREE_GB,
             "command": self.arguments.COMMAND,

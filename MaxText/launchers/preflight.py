@@ -1,4 +1,4 @@
-"""What must be so on every worker before a run is worth starting: devices, clock, disk, bucket, equal versions.
+"""What must be so on every worker before a run is worth starting: devices, clock, disks, bucket, equal versions.
 
 Each worker makes one probe, plain values; the probes of all are compared in one place, and all problems told at once.
 The devices are asked of JAX itself, with all workers connected as they will be: what hangs here would hang there.
@@ -6,6 +6,7 @@ The devices are asked of JAX itself, with all workers connected as they will be:
 
 import io
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -42,7 +43,8 @@ def probe(place: metadata.Place, order: Mapping[str, Any], tree: str, stop: thre
     """What this worker has.
 
     Args:
-        order: names the run's `directory`, the `python` in it, and a `bucket` URL to write to, empty for none.
+        order: names the run's `directory`, the `python` in it, a `bucket` URL to write to, and the `output_directory`
+            of the command; the last two are empty for none.
         tree: the digest of the code.
     """
     jax, error = _ask_jax(order["python"], order["directory"], place.environment(), stop)
@@ -52,6 +54,7 @@ def probe(place: metadata.Place, order: Mapping[str, Any], tree: str, stop: thre
         "clock_skew": metadata.clock_skew(),
         "free_bytes": shutil.disk_usage(order["directory"]).free,
         "bucket_error": _write_to(order["bucket"], place.file_name) if order["bucket"] else "",
+        "rename_error": rename_error(order["directory"], order["output_directory"]),
         "jax_error": error,
         "devices": jax.get("devices", 0),
         "local_devices": jax.get("local_devices", 0),
@@ -87,6 +90,12 @@ def problems(probes: Sequence[Mapping[str, Any]], workers: int, chips: int, min_
             )
         if p["bucket_error"]:
             found.append(f"{who}: cannot write to the bucket: {p['bucket_error']}")
+        if p["rename_error"]:
+            found.append(
+                f"{who}: cannot rename a directory {p['rename_error']}; so a run names its finished checkpoints. A "
+                "bucket must have a hierarchical namespace, or be mounted with --rename-dir-limit "
+                "(docs/running.md, Buckets)"
+            )
     return found + _differences([p for p in probes if not p["jax_error"]])
 
 
@@ -100,6 +109,30 @@ def summary(probes: Sequence[Mapping[str, Any]]) -> str:
         f"preflight: {len(probes)} worker(s), {first['devices']} x {first['kind']}, jax {jax}; "
         f"clocks within {skew:.1f} s, at least {free:.0f} GB free, versions equal"
     )
+
+
+def rename_error(directory: str, output_directory: str) -> str:
+    """Where a directory cannot be made, renamed and deleted on the mount that a command writes to, and why; else empty.
+
+    Args:
+        directory: in which the command runs.
+        output_directory: as the command has it; the root's own disk, which can, is left alone.
+    """
+    if not output_directory:
+        return ""
+    path = Path(directory, os.path.expanduser(os.path.expandvars(output_directory))).resolve()
+    try:
+        path = next(place for place in (path, *path.parents) if place.is_dir())
+        if next(place for place in (path, *path.parents) if place.is_mount()) == Path("/"):
+            return ""
+        with tempfile.TemporaryDirectory(prefix="preflight-", dir=path) as folder:
+            partial = Path(folder, "partial")
+            (partial / "state").mkdir(parents=True)
+            (partial / "state" / "file").write_bytes(b"x")
+            partial.rename(Path(folder, "whole"))
+    except OSError as error:
+        return f"below {path}: {error.strerror}"
+    return ""
 
 
 def _differences(probes: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -107,6 +107,7 @@ class _Launch:
             "setup": arguments.SETUP,
             "python": arguments.PYTHON,
             "bucket": flags.bucket_url(arguments.BUCKET_NAME, arguments.BUCKET_DIR, name),
+            "output_directory": flags.output_directory(arguments.COMMAND),
             "command": arguments.COMMAND,
         }
 

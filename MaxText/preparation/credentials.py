@@ -41,7 +41,10 @@ NAME_CHARACTERS = 80
 
 
 def find(text: str) -> list[tuple[str, int, int]]:
-    """The secrets in a text: (kind, first character, the one after the last), in order and apart from each other."""
+    """The secrets in a text: (kind, first character, the one after the last), in order and apart from each other.
+
+    Secrets that overlap are one, of the kind of the first.
+    """
     lower = text.lower()
     found = []
     for kind, literals, pattern in _RULES:
@@ -52,9 +55,11 @@ def find(text: str) -> list[tuple[str, int, int]]:
                 found.append((kind, *match.span("secret")))
     found.sort(key=lambda item: item[1:])
     apart: list[tuple[str, int, int]] = []
-    for item in found:
-        if not apart or item[1] >= apart[-1][2]:
-            apart.append(item)
+    for kind, start, stop in found:
+        if apart and start < apart[-1][2]:
+            kind, start, last = apart.pop()
+            stop = max(stop, last)
+        apart.append((kind, start, stop))
     return apart
 
 

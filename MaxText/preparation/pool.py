@@ -4,6 +4,7 @@ In: a task's name and the numbers to do. Out: which failed, and why. Workers are
 cannot harm them; they end by themselves when the parent is gone, however it ended.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -40,7 +41,8 @@ def run(
     def give_work(connection: Any, process: Any) -> None:
         if waiting:
             workers[connection] = process, waiting.pop()
-            connection.send((task, workers[connection][1]))
+            with contextlib.suppress(ConnectionError):  # it is dead, which reading from it will tell
+                connection.send((task, workers[connection][1]))
         else:
             connection.close()
 
@@ -60,7 +62,7 @@ def run(
                 process, number = workers[connection]
                 try:
                     kind, value = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
                     del workers[connection]
                     process.join()
                     failures[number] = f"its process ended with exit code {process.exitcode}; is memory short?"

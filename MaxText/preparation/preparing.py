@@ -26,6 +26,7 @@ from MaxText.preparation import choosing, pool, ray_pool, tasks
 from MaxText.preparation.tasks import PARTS, Settings, Workplace
 
 REPORT = "report.json"
+TOKENIZER = "tokenizer"
 REPORT_SECONDS = 5
 ENGINES = {"local": pool.run, "ray": ray_pool.run}
 SHOWN_FAILURES = 5
@@ -36,13 +37,18 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
     """Prepare what `config.source` names into `config.out`; 0 complete, 1 some units failed and a rerun may mend it.
 
     Raises:
-        ValueError: the source, a setting or what lies in `out` will not do.
+        ValueError: the source, a setting or what lies in `out` will not do; unfinished work of others is never deleted.
         OSError: `out` cannot be written.
     """
     if not config.source or not config.out:
         raise ValueError(f"source={config.source} out={config.out}: both are needed, such as source=dir:src out=data")
+    if "://" in config.out:
+        raise ValueError(
+            f"out={config.out}: must be a folder of a disk or of a mounted bucket, as what is written there is read "
+            "without URLs; prepare into a folder and copy it"
+        )
     out = Path(config.out).expanduser()
-    given = _given_tokenizer(config)
+    given = _given_tokenizer(config, out / TOKENIZER)
     settings = _settings(config, given)
     benchmarks = read_benchmarks(config.decontaminate)
     started = time.monotonic()
@@ -57,11 +63,11 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
     digest = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
     if (out / REPORT).is_file():
         return _check_complete(out, digest, log)
-    workplace = Workplace(out / f".work-{digest}", out)
+    whole = out.absolute()  # other processes may work in other folders
+    workplace = Workplace(whole / f".work-{digest}", whole)
     with _alone(out):
-        for other in set(out.glob(".work-*")) - {workplace.folder}:
-            log(f"deleting the unfinished work of other settings or another source in {other}")
-            shutil.rmtree(other)
+        for other in sorted(set(whole.glob(".work-*")) - {workplace.folder}):
+            _refuse_others(other, work)
         if not (workplace.folder / "work.json").is_file():
             workplace.write_json(workplace.folder / "work.json", work)
         numbers = [unit.number for unit in units]
@@ -72,9 +78,11 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
             return 1
         dropped = _choose(workplace, numbers, settings, config.vocab_size, given, log)
         encoder = given or _trained_tokenizer(str(out / workplace.read_json("chosen.json")["tokenizer"]))
+        _delete_half_written(workplace)
         sizes = {number: max(_chosen_bytes(workplace, number), 1) for number in numbers}
         if _run(workplace, "encode", sizes, engine, workers, log):
             return 1
+        _delete_half_written(workplace)
         report = _finish(workplace, units, settings, encoder, dropped, digest)
         shutil.rmtree(workplace.folder)
     for line in _closing(report, out, time.monotonic() - started):
@@ -128,9 +136,14 @@ def _settings(config: FrozenConfigDict, given: tokenizer.Tokenizer | None) -> Se
     )
 
 
-def _given_tokenizer(config: FrozenConfigDict) -> tokenizer.Tokenizer | None:
+def _given_tokenizer(config: FrozenConfigDict, copy: Path) -> tokenizer.Tokenizer | None:
     if not config.tokenizer_path:
         return None
+    if Path(config.tokenizer_path).expanduser().resolve().is_relative_to(copy.resolve()):
+        raise ValueError(
+            f"tokenizer_path={config.tokenizer_path} lies in {copy}, which a preparation writes anew; move it "
+            "elsewhere, or give another out"
+        )
     given = tokenizer.load(config.tokenizer_path)
     if given.vocab_size > config.vocab_size:
         raise ValueError(
@@ -155,13 +168,40 @@ def _alone(out: Path) -> Iterator[None]:
         (out / ".lock").unlink()
 
 
+def _refuse_others(folder: Path, work: dict[str, Any]) -> None:
+    try:
+        other = json.loads((folder / "work.json").read_text())
+        names = [name for name, value in json.loads(json.dumps(work)).items() if other.get(name) != value]
+    except (OSError, ValueError, AttributeError):
+        names = ["settings"]
+    raise ValueError(
+        f"{folder} holds unfinished work with other {', '.join(names).replace('units', 'files of the source')}: repeat "
+        "the command that began it, give another out, or delete that folder"
+    )
+
+
+def _delete_half_written(workplace: Workplace) -> None:
+    """Delete what killed processes left of shards and reports; whoever prepares is alone in the folder."""
+    patterns = [f"{REPORT}.*.tmp", *(f"{part}/tokens-*.tmp" for part in PARTS)]
+    for leftover in (path for pattern in patterns for path in workplace.out.glob(pattern)):
+        leftover.unlink()
+
+
 def _check_complete(out: Path, digest: str, log: Log) -> int:
-    report = json.loads((out / REPORT).read_text())
-    if report["work"] != digest:
+    try:
+        report = json.loads((out / REPORT).read_text())
+        work, tokens = report["work"], report["tokens"]["train"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"out={out} holds a {REPORT}, which no preparation wrote; give another out") from None
+    if work != digest:
         raise ValueError(
-            f"out={out} holds data of another source or other settings; give another out, or delete it first"
+            f"out={out} holds data of another source or other settings, or of another version of this program; give "
+            "another out, or delete it first"
         )
-    log(f"{out} is complete already: {report['tokens']['train']:,} training tokens")
+    if (leftover := out / f".work-{digest}").is_dir():  # of one that was killed while it deleted this
+        with _alone(out):
+            shutil.rmtree(leftover)
+    log(f"{out} is complete already: {tokens:,} training tokens")
     return 0
 
 
@@ -221,7 +261,7 @@ def _choose(
         workplace, numbers, settings.near_duplicate_threshold, settings.held_out_one_in, settings.repositories
     )
     log(f"choose: duplicates of all units dropped: {dict(dropped)} ({time.monotonic() - started:.1f} s)")
-    folder = workplace.out / "tokenizer"
+    folder = workplace.out / TOKENIZER
     shutil.rmtree(folder, ignore_errors=True)
     if given is not None:
         name = given.save(folder)
@@ -232,7 +272,7 @@ def _choose(
         log(f"tokenizer: training a byte-level BPE of {vocab_size:,} on {sum(map(len, texts)) / 1e6:.1f} MB")
         tokenizer.train(texts, vocab_size, folder)
         name = ""
-    content = {"tokenizer": str(Path("tokenizer") / name), "dropped": dict(dropped)}
+    content = {"tokenizer": str(Path(TOKENIZER) / name), "dropped": dict(dropped)}
     workplace.write_json(workplace.folder / "chosen.json", content)
     return content["dropped"]
 
@@ -310,7 +350,8 @@ def _closing(report: dict[str, Any], out: Path, seconds: float) -> Iterator[str]
     if report["bad"]:
         yield f"BAD RECORDS, skipped: {_in_words(report['bad'])}; each with its place in {out / REPORT}"
         for location, reason, detail in report["bad_records"][:SHOWN_FAILURES]:
-            yield f"  {location}: {reason}{': ' if detail else ''}{detail}"
+            printable = location.encode(errors="backslashreplace").decode()  # not every name of a file is UTF-8
+            yield f"  {printable}: {reason}{': ' if detail else ''}{detail}"
     yield f"DROPPED: {_in_words(report['dropped'])}"
     if report["tagged"]:
         yield f"KEPT, but counted: {_in_words(report['tagged'])}"

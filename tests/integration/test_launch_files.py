@@ -28,7 +28,8 @@ def forward(number, _):
         task.send_signal(number)
 signal.signal(signal.SIGTERM, forward)
 pathlib.Path(os.environ["PID"]).write_text(str(os.getpid()))
-sys.exit(max(task.wait() for task in tasks))
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 TRAINER = """
 import os, pathlib, signal, sys, time
@@ -91,6 +92,22 @@ def test_slurm_queues_an_interrupted_run_again_and_it_goes_on(slurm, tmp_path):
     assert states(tmp_path) == [60] * 4
 
 
+def test_slurm_queues_a_run_again_of_which_one_process_was_killed_and_the_others_aborted(slurm, tmp_path):
+    process = slurm(["sh", "-c", "if [ $SLURM_PROCID = 2 ]; then kill -KILL $$; else kill -ABRT $$; fi"])
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 137
+    assert "ended by signal 9: queued again" in output
+    assert (tmp_path / "log").read_text().splitlines()[1:] == ["['requeue', '7']"]
+
+
+@pytest.mark.parametrize("code", [1, 2, 76, 128])
+def test_slurm_does_not_queue_a_failure_again(slurm, tmp_path, code):
+    process = slurm(["sh", "-c", f"exit {code}"])
+    assert "queued" not in process.communicate(timeout=30)[0]
+    assert process.returncode == code
+    assert "requeue" not in (tmp_path / "log").read_text()
+
+
 def test_slurm_passes_words_as_they_are_and_failures_on(slurm, tmp_path):
     hostile = ["$(touch PWNED)", "two  words", "-n", 'it\'s "so"', "new\nline", "*"]
     process = slurm(
@@ -102,10 +119,12 @@ def test_slurm_passes_words_as_they_are_and_failures_on(slurm, tmp_path):
 
 
 def test_slurm_does_not_queue_for_ever_and_needs_a_command(slurm, tmp_path):
-    process = slurm(["sh", "-c", "exit 75"], restarts=100)
-    process.communicate(timeout=30)
-    assert process.returncode == 75
-    assert "requeue" not in (tmp_path / "log").read_text()
+    for code in (75, 137):
+        process = slurm(["sh", "-c", f"exit {code}"], restarts=100)
+        output = process.communicate(timeout=30)[0]
+        assert process.returncode == code
+        assert "for the 101st time: not queued again" in output
+        assert "requeue" not in (tmp_path / "log").read_text()
     process = slurm([])
     process.communicate(timeout=30)
     assert process.returncode == 2
@@ -152,3 +171,12 @@ def test_the_gke_manifest_runs_the_command_of_the_other_launchers():
     assert done.returncode == 0, done.stderr
     assert "/bucket/runs" in done.stdout
     assert json.dumps(command).count("/bucket/") == 1
+
+
+def test_the_gke_manifest_mounts_a_bucket_in_which_directories_can_be_renamed():
+    text = (support.ROOT / "launch/gke_jobset.yaml").read_text()
+    (slices,) = yaml.safe_load(text)["spec"]["replicatedJobs"]
+    (volume,) = slices["template"]["spec"]["template"]["spec"]["volumes"]
+    options = volume["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    (limit,) = (option.removeprefix("rename-dir-limit=") for option in options if "rename" in option)
+    assert int(limit) >= 100_000  # files of a checkpoint: a few for each of some thousand processes

@@ -105,6 +105,14 @@ def test_settings_that_will_not_do(source, tokenizer_path):
         open_stream(source, tokenizer_path, text_column="lang").train.batch(0, 1, slice(None))
 
 
+def test_ids_of_another_tokenizer_are_refused(tokenizer_path, tmp_path):
+    table = pyarrow.table({"input_ids": pyarrow.array([[20, 30, 40], [20, 505]], pyarrow.list_(pyarrow.int32()))})
+    pyarrow.parquet.write_table(table, tmp_path / "ids.parquet")
+    stream = open_stream(f"parquet:{tmp_path / 'ids.parquet'}", tokenizer_path, max_target_length=2).train
+    with pytest.raises(ValueError, match=r"row 1: token ids 20 to 505 are not all of the tokenizer's 0 to 499"):
+        stream.batch(0, 4, slice(None))
+
+
 def test_training_on_prepared_data_imports_no_heavy_library():
     program = (
         "import sys, MaxText.train_loop, MaxText.input_pipeline.loader\n"

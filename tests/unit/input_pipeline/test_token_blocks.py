@@ -1,7 +1,10 @@
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +89,25 @@ def flip(path, position):
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
+
+
+MANY = """
+import resource, sys
+from MaxText.input_pipeline import token_blocks
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+try:
+    token_blocks.TokenBlockReader(sys.argv[1], 1000)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_too_many_open_files_are_not_taken_for_damage(write_blocks, documents):
+    """In a process of its own, whose limit it lowers."""
+    directory = write_blocks(documents, shard_tokens=40)
+    command = [sys.executable, "-c", MANY, str(directory)]
+    result = subprocess.run(command, cwd=Path(token_blocks.__file__).parents[2], capture_output=True, text=True)
+    assert "Too many open files" in result.stdout and "the limit of 64 by ulimit -n" in result.stdout, result.stderr
 
 
 def test_a_flipped_byte_is_refused_at_open(write_blocks, documents):

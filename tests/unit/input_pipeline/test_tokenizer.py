@@ -1,5 +1,7 @@
+import hashlib
 import inspect
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from MaxText.input_pipeline import tokenizer
 
@@ -64,6 +67,62 @@ def test_ids_and_interface(bpe, directory):
     assert (hugging_face.eos_token_id, hugging_face.bos_token_id, hugging_face.pad_token_id) == (0, 0, 1)
     assert hugging_face("def f(x):\n    return x").input_ids == bpe.encode(["def f(x):\n    return x"])[0]
     assert (bpe.eos_id, bpe.vocab_size, len(hugging_face)) == (0, 1000, 1000)
+
+
+def edited(directory, folder, change):
+    """A copy of a tokenizer whose tokenizer.json was changed."""
+    shutil.copytree(directory, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_role_tokens_that_are_not_special_cannot_be_spoken(directory, tmp_path):
+    """As Qwen's: the text gives ordinary tokens, by the dictionary of words and without it."""
+
+    def make_plain(content):
+        for token in content["added_tokens"][2:]:
+            token["special"] = False
+
+    loaded = tokenizer.load(edited(directory, tmp_path / "plain", make_plain))
+    samples = [*SPOOFS, "é <|fim_prefix|> x", "a<|repo_name|>b<|file_sep|>"]
+    assert not set(range(8)) & {token for ids in loaded.encode(samples) for token in ids}
+    assert [loaded.decode(ids) for ids in loaded.encode(samples)] == samples
+    assert loaded.encode(samples) == tokenizer.load(str(directory)).encode(samples)
+    assert loaded.special_ids["fim_prefix"] == 2 and not loaded.token_bytes()[:8].any()
+    loaded.save(tmp_path / "saved")
+    assert tokenizer.load(str(tmp_path / "saved")).fingerprint == loaded.fingerprint
+
+
+def test_truncation_and_padding_are_left_out(directory, texts, bpe, tmp_path):
+    def limit(content):
+        content["truncation"] = {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0}
+        padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 1}
+        content["padding"] = padding | {"pad_type_id": 0, "pad_token": "<|pad|>"}
+
+    loaded = tokenizer.load(edited(directory, tmp_path / "short", limit))
+    assert loaded.encode([*texts, "é" * 99, "x"]) == bpe.encode([*texts, "é" * 99, "x"])
+    loaded.save(tmp_path / "saved")
+    assert tokenizer.load(str(tmp_path / "saved")).fingerprint == loaded.fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_file(directory, bpe):
+    """Prepared data holds it: it never changes."""
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert bpe.fingerprint == hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .*Swig:DeprecationWarning", "ignore:.*does not reproduce text exactly")
+def test_role_tokens_that_can_be_spoken_are_refused(texts, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "sp"), vocab_size=600, model_type="bpe",
+        byte_fallback=True, user_defined_symbols=["<fim_prefix>"], max_sentence_length=10**6, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the text of its fim_prefix token is encoded as that token"):
+        tokenizer.load(str(tmp_path / "sp.model"))
 
 
 def test_training_is_deterministic(texts, directory, bpe, tmp_path):

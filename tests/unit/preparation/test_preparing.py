@@ -121,12 +121,39 @@ if __name__ == "__main__":
 """
 
 
-def test_a_worker_that_dies_is_replaced(tmp_path, user_environment):
-    (tmp_path / "program.py").write_text(DEADLY)
+EARLY_DEATH = """
+import os
+from pathlib import Path
+from MaxText.preparation import pool, tasks
+
+tasks.TASKS["scan"] = lambda workplace, number, report: report(number)
+if __name__ == "__main__":
+    done = []
+    failures = pool.run("scan", [0, 1, 2], tasks.Workplace(Path("x"), Path("x")), 2, lambda size: None, done.append)
+    assert len(done) == 2, done
+    print(list(failures.values()))
+else:
+    try:
+        Path("one").touch(exist_ok=False)
+        os._exit(3)
+    except FileExistsError:
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (DEADLY, "{1: 'its process ended with exit code -9; is memory short?'}\n"),
+        (EARLY_DEATH, "['its process ended with exit code 3; is memory short?']\n"),  # before it has read its task
+    ],
+)
+def test_a_worker_that_dies_is_replaced(program, said, tmp_path, user_environment):
+    (tmp_path / "program.py").write_text(program)
     environment = {**user_environment, "PYTHONPATH": str(Path(BASE).parent.parent)}
     command = [sys.executable, str(tmp_path / "program.py")]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert result.stdout == "{1: 'its process ended with exit code -9; is memory short?'}\n", result.stderr
+    assert result.stdout == said, result.stderr
 
 
 def test_a_second_preparation_is_kept_out(source, prepare, tmp_path):
@@ -210,3 +237,71 @@ def test_ray_gives_the_same_bytes(source, prepare, tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "scan", lambda workplace, number, report: 1 / 0)
     code, lines = prepare(**settings, prepare_engine="ray", prepare_workers=3, out=tmp_path / "other")
     assert code == 1 and any("FAILED: ZeroDivisionError: division by zero" in line for line in lines)
+
+
+def test_unfinished_work_of_others_is_not_deleted(source, prepare, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(tasks.TASKS, "encode", lambda *args: 1 / 0)
+        assert prepare(source=source)[0] == 1
+    (work,) = (tmp_path / "out").glob(".work-*")
+    with pytest.raises(ValueError, match=rf"{work.name} holds unfinished work with other settings: repeat the command"):
+        prepare(source=source, syntax_check="off")
+    assert (work / "scan/00000.json").is_file()
+    assert prepare(source=source)[0] == 0
+
+
+@pytest.mark.parametrize("inside", ["tokenizer", "tokenizer/deep"])
+def test_a_tokenizer_that_would_be_overwritten_is_refused(inside, source, prepare, tmp_path, tokenizer_path):
+    mine = tmp_path / "out" / inside
+    shutil.copytree(tokenizer_path, mine)
+    with pytest.raises(ValueError, match=r"lies in .*out/tokenizer, which a preparation writes anew; move it"):
+        prepare(source=source, tokenizer_path=mine)
+    assert content_of(mine) == content_of(Path(tokenizer_path))
+
+
+def test_out_is_no_bucket(source, prepare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"out=gs://bucket/x: must be a folder of a disk or of a mounted bucket"):
+        prepare(source=source, out="gs://bucket/x")
+    assert not (tmp_path / "gs:").exists()
+
+
+def test_what_a_killed_encoding_left_is_removed(source, prepare, tmp_path, monkeypatch):
+    assert prepare(source=source, out=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(tasks.TASKS, "encode", lambda *args: 1 / 0)
+        assert prepare(source=source)[0] == 1
+    (tmp_path / "out/train").mkdir()
+    for name in ("train/tokens-00000.4711.tmp", "report.json.4711.tmp"):
+        (tmp_path / "out" / name).write_text("half")
+    assert prepare(source=source)[0] == 0
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+
+
+def test_killed_just_before_the_end_nothing_is_left_over(source, prepare, tmp_path, monkeypatch):
+    assert prepare(source=source, out=tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.shutil, "rmtree", lambda folder, **_: 1 / 0 if ".work" in folder.name else None)
+        with pytest.raises(ZeroDivisionError):
+            prepare(source=source)
+    assert prepare(source=source)[0] == 0
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"work": "x"}'])
+def test_the_report_of_another_program_is_refused(content, source, prepare, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.json").write_text(content)
+    with pytest.raises(ValueError, match=r"report.json, which no preparation wrote|holds data of another source"):
+        prepare(source=source)
+
+
+def test_ray_gets_whole_paths_and_the_result_holds_none(source, prepare, tmp_path, monkeypatch):
+    assert prepare(source=source, out=tmp_path / "whole", tokenizer_path="")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    real, places = tasks.TASKS["scan"], []
+    monkeypatch.setitem(tasks.TASKS, "scan", lambda place, *rest: (places.append(place), real(place, *rest)))
+    code, lines = prepare(source=source, out="relative", tokenizer_path="")
+    assert code == 0 and "grain_train_files=relative/train" in lines[-1]
+    assert places[0].folder.is_absolute() and places[0].out == tmp_path / "relative"
+    assert content_of(tmp_path / "relative") == content_of(tmp_path / "whole")

@@ -55,7 +55,14 @@ def test_licenses(licenses, reason):
 
 @pytest.mark.parametrize(
     ("text", "fine"),
-    [(CODE, True), ("print 'python 2'\n", False), ("x = '\\d'\n", True), ("a\0b", False), ("(" * 500, False)],
+    [
+        (CODE, True),
+        ("print 'python 2'\n", False),
+        ("x = '\\d'\n", True),
+        ("a\0b", False),
+        ("(" * 500, False),
+        ("\ufeffx = 1\n", True),
+    ],
 )
 def test_syntax(text, fine):
     assert filters.parses(text) is fine
@@ -89,6 +96,13 @@ def test_secrets_are_found_and_blanked(kind):
     assert SECRETS[kind] not in redacted and "REDACTED" in redacted
     assert redacted.startswith("import os\n") and redacted.endswith("print(os)\n")
     assert not credentials.find(redacted)
+
+
+def test_overlapping_secrets_leave_nothing_over():
+    token, tail = "xoxp" + "-1234567890", ".AbCdEf0123456789GhIjKl"
+    text = f"slack_token = '{token}{tail}'\n"
+    found = credentials.find(text)
+    assert credentials.redact(text, found) == "slack_token = 'REDACTED'\n" and len(found) == 1
 
 
 def test_a_private_key_is_found():

@@ -1,15 +1,18 @@
 """Every kind of source gives the same documents, and what is broken is counted, named and passed over."""
 
+import errno
 import gzip
 import json
+import os
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from fsspec.implementations.local import LocalFileOpener
 
-from MaxText.input_pipeline import inputs, readers, tokenizer
+from MaxText.input_pipeline import inputs, readers, sources, tokenizer
 
 
 def rows_of(texts):
@@ -158,6 +161,95 @@ def test_a_broken_parquet_file_is_named(texts, tmp_path, prepare):
     named = {place.rpartition("/")[2] for place, reason, _ in report["bad_records"] if reason == "broken_parquet"}
     assert named == {"truncated.parquet", "damaged.parquet"}
     assert sum(report["documents"].values()) == len(texts)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+def test_a_disk_that_fails_is_no_bad_record(number, texts, tmp_path, prepare, monkeypatch):
+    """The unit fails and is read again; nothing is lost."""
+    source = write("parquet", tmp_path / "source", texts)
+    real, broken = LocalFileOpener.read, []
+
+    def read(self, *args):
+        if broken and self.path.endswith(".parquet") and self.f.tell() < 2000:
+            raise OSError(number, os.strerror(number))
+        return real(self, *args)
+
+    monkeypatch.setattr(LocalFileOpener, "read", read)
+    broken.append(True)
+    code, lines = prepare(source=source)
+    assert code == 1 and any(f"UNIT 0 FAILED: OSError: [Errno {number}]" in line for line in lines), lines
+    broken.clear()
+    assert prepare(source=source)[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert not report["bad"] and sum(report["documents"].values()) == len(texts)
+
+
+def test_a_disk_that_fails_while_files_are_listed_is_said(texts, tmp_path, monkeypatch):
+    source = write("parquet", tmp_path / "source", texts)
+
+    def read(self, *args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(LocalFileOpener, "read", read)
+    with pytest.raises(ValueError, match="Input/output error"):
+        inputs.find_units(source, 10**9, print)
+
+
+def test_a_failing_disk_under_tfds_is_no_bad_record(monkeypatch):
+    errors = [OSError(errno.EIO, "Input/output error"), RuntimeError("crc"), OSError("corrupt")]
+
+    class Source:
+        def __getitem__(self, index):
+            raise errors[index]
+
+    monkeypatch.setattr(readers.hub, "open_tfds", lambda place: Source())
+    assert [row.reason for row in readers._tfds_rows(inputs.Piece("x", 1, 3, 0, ""))] == ["broken_record"] * 2
+    with pytest.raises(OSError, match="Input/output error"):
+        next(readers._tfds_rows(inputs.Piece("x", 0, 1, 0, "")))
+
+
+def test_odd_records_are_counted_and_named(texts, tmp_path, prepare):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    odd = [
+        {"content": texts[0], "license": 3}, {"tokens": [[1], [2, 3]]}, {"content": texts[0], "repo_name": "\udce9"},
+        {"content": texts[0], "path": "caf\udce9.py"}, {"content": texts[0], "license": {"a": 1}},
+    ]  # fmt: skip
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, [*odd, *rows_of(texts)])))
+    assert prepare(source=f"jsonl:{folder}", repositories="true", held_out_one_in=0)[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["bad"] == {"no_licenses": 2, "no_text": 1, "not_utf8": 2}
+    assert [place.rpartition(" ")[2] for place, _, _ in report["bad_records"][:2]] == [
+        "0",
+        str(len(json.dumps(odd[0])) + 1),
+    ]
+
+
+def test_odd_names_of_files(texts, tmp_path, prepare, monkeypatch):
+    """Blanks and accents are read; a name that is not UTF-8 is a bad record, which can be printed."""
+    folder = tmp_path / "a source"
+    folder.mkdir()
+    for name, text in zip(("a b.py", "café.py", "50%.py", os.fsdecode(b"caf\xe9.py")), texts, strict=False):
+        (folder / name).write_text(text)
+    monkeypatch.setattr(sources, "python_roots", lambda: [folder])
+    for source in (f"dir:{folder}", "embedded"):
+        out = tmp_path / source[:3]
+        code, lines = prepare(source=source, held_out_one_in=0, out=out)
+        assert code == 0, lines
+        "\n".join(lines).encode()
+        report = json.loads((out / "report.json").read_text())
+        assert report["documents"] == {"train": 3} and report["bad"] == {"not_utf8": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_packed"),
+    [([5, 5, 3], True), ([5] * 16 + [3], True), ([5] * 15 + [3], True), ([5, 5], True), ([5], False), ([5, 3], False),
+     ([5, 5, 7], False), ([5, 4, 3], False), ([5] * 20, True)],
+)  # fmt: skip
+def test_rows_of_one_length_are_a_stream(sizes, is_packed):
+    rows = [("x", {"tokens": list(range(size))}) for size in sizes]
+    records = list(readers._records(rows, "", eos_id=-1))
+    assert len(records) == (1 if is_packed else len(sizes))
 
 
 def test_the_first_source_there_is_is_taken_and_said(texts, tmp_path):
