@@ -199,6 +199,20 @@ def test_other_benchmarks_are_files(tmp_path):
         preparing.read_benchmarks(str(tmp_path / "nothing.jsonl"))
 
 
+def test_a_document_with_a_problem_of_mbpp_is_dropped_and_told(texts, prepare, tmp_path):
+    sentence = "Write a function to find the shared elements from the given two lists of numbers."
+    code = "def shared(first, second):\n    return sorted(set(first) & set(second))"
+    task = {"task_id": 11, "text": sentence, "code": code, "test_list": ["assert shared([1, 2], [2]) == [2]"]}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(task) + "\n")
+    (tmp_path / "source").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / f"source/{number:03d}.py").write_text(text)
+    (tmp_path / "source/answers.py").write_text(f"{CODE}\n# {sentence}\n{code}\n")
+    assert prepare(source=f"dir:{tmp_path}/source", decontaminate=f"humaneval,{tmp_path}/mbpp.jsonl")[0] == 0
+    (hit,) = json.loads((tmp_path / "out/report.json").read_text())["hits"]
+    assert hit["problem"] == "MBPP/11" and hit["location"].endswith("answers.py")
+
+
 def test_runs_of_few_different_words_do_not_count():
     for text in (
         "word other " * 20,
