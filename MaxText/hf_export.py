@@ -68,6 +68,13 @@ def model_card(run: runs.TrainedRun, step: int, config: FrozenConfigDict, parame
     info = run.info(step)
     saved = info["config"]
     last = _recorded(run.directory / "metrics" / "metrics.jsonl", step)
+
+    def measured(name: str, unit: str) -> str:
+        if name not in last:
+            return "not measured"
+        value, at = last[name]
+        return f"{value:.4f} {unit}".strip() + ("" if at == step else f" (at step {at:,})")
+
     tokens = step * info["tokens_per_step"]
     rows = {
         "Architecture": hf_directory.ARCHITECTURES[config.attention_type][1],
@@ -75,9 +82,9 @@ def model_card(run: runs.TrainedRun, step: int, config: FrozenConfigDict, parame
         "Data": info["data"],
         "Steps": f"{step:,} of {saved['steps']:,}",
         "Tokens seen": f"{tokens:,} ({info['tokens_per_step']:,} a step, sequences of {saved['max_target_length']:,})",
-        "Training loss": _number(last, "learning/lm_loss", "nats per token"),
-        "Held-out loss": _number(last, "eval/avg_loss", "nats per token"),
-        "Held-out bits per byte": _number(last, "eval/bits_per_byte", ""),
+        "Training loss": measured("learning/lm_loss", "nats per token"),
+        "Held-out loss": measured("eval/avg_loss", "nats per token"),
+        "Held-out bits per byte": measured("eval/bits_per_byte", ""),
         "Weights": f"{dtype} (trained with {saved['weight_dtype']} weights, {saved['dtype']} activations)",
         "Code": f"commit {info['git_commit']}, JAX {info['jax_version']}",
     }
@@ -93,16 +100,12 @@ def model_card(run: runs.TrainedRun, step: int, config: FrozenConfigDict, parame
     return "\n\n".join([f"{front}\n# {saved['run_name']}", f"| | |\n|---|---|\n{table}", *notes]) + "\n"
 
 
-def _recorded(metrics: Path, step: int) -> dict[str, Any]:
-    """The newest value of every metric at or before the step."""
-    last: dict[str, Any] = {}
+def _recorded(metrics: Path, step: int) -> dict[str, tuple[Any, int]]:
+    """The newest value of every metric at or before the step, and at which step it was."""
+    last: dict[str, tuple[Any, int]] = {}
     if metrics.is_file():
         for line in metrics.read_text().splitlines():
             record = json.loads(line) if line.endswith("}") else {}
             if record.get("step", step + 1) <= step:
-                last |= record
+                last |= {name: (value, record["step"]) for name, value in record.items()}
     return last
-
-
-def _number(last: dict[str, Any], name: str, unit: str) -> str:
-    return f"{last[name]:.4f} {unit}".strip() if name in last else "not measured"
