@@ -1,6 +1,5 @@
 """Exports a trained model as a directory for `transformers`: weights, configuration, tokenizer and a model card."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import FrozenConfigDict
 
-from MaxText import checkpointing, flops, hf_directory, job
+from MaxText import checkpointing, flops, hf_directory, job, metric_logger
 from MaxText.inference import runs
 
 USAGE = """usage: python MaxText/export_hf.py RUN OUT [dtype=float32|bfloat16] [key=value ...]
@@ -105,7 +104,7 @@ def _recorded(metrics: Path, step: int) -> dict[str, tuple[Any, int]]:
     last: dict[str, tuple[Any, int]] = {}
     if metrics.is_file():
         for line in metrics.read_text().splitlines():
-            record = json.loads(line) if line.endswith("}") else {}
+            record = metric_logger.read_record(line)
             if record.get("step", step + 1) <= step:
                 last |= {name: (value, record["step"]) for name, value in record.items()}
     return last

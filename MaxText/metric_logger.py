@@ -48,7 +48,7 @@ class MetricLogger:
     def has_evaluation(self, step: int) -> bool:
         """Whether the step's evaluation is in the file already."""
         with self.jsonl.open(encoding="utf-8") as file:
-            return any('"eval/avg_loss"' in line and _step(line) == step for line in file)
+            return any('"eval/avg_loss"' in line and read_record(line).get("step") == step for line in file)
 
     def close(self) -> None:
         """Flushes everything."""
@@ -78,12 +78,12 @@ class MetricLogger:
             self._writer.add_scalar(name, value, step)
 
 
-def _step(line: str) -> int | None:
-    """The step of a record; None of half a line, as a full disk leaves it."""
+def read_record(line: str) -> dict[str, Any]:
+    """The record of a line of metrics.jsonl; empty of half a line, as a full disk leaves it."""
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)
     except ValueError:
-        return None
+        return {}
 
 
 def _ends_in_half_a_line(path: Path) -> bool:

@@ -132,11 +132,11 @@ def read_times(sizes: list[int], folder: Path, loaded: Any) -> None:
         reader = TokenBlockReader(folder / f"records{records}", 4096)
         opened = time.perf_counter() - started
         starts = 16 * np.random.default_rng(0).integers(0, records, 10_000)
-        shards, sizes = np.zeros_like(starts), np.full_like(starts, 16)
+        shards, widths = np.zeros_like(starts), np.full_like(starts, 16)
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
-            reader.read_many(shards, starts, sizes)
+            reader.read_many(shards, starts, widths)
             seconds.append(time.perf_counter() - started)
         result = {"benchmark": "records_in_a_file", "records": records}
         result |= {"read_microseconds": round(min(seconds) / starts.size * 1e6, 2), "open_seconds": round(opened, 3)}

@@ -39,9 +39,10 @@ class WordCache:
         if len("".join(words)) != len(text):
             return None
         known = self._words
-        if new := [word for word in set(words) if word not in known]:  # not by `-`, which walks through all of known
-            for word in new:
-                tokens = self._backend.model.tokenize(word.translate(_SPELLED))
+        tokenize = self._backend.model.tokenize
+        for word in set(words):  # not less known.keys(), which walks through all of known
+            if word not in known:
+                tokens = tokenize(word.translate(_SPELLED))
                 known[word] = array.array("i", [token.id for token in tokens]).tobytes()
         if len(known) > MAX_WORDS:
             self._words = {}
