@@ -7,19 +7,34 @@ itself retries for most of a minute.
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from MaxText.input_pipeline import tokenizer
 
 
-def open_stream(place: str) -> Any:
-    """The training split as a `datasets.IterableDataset`.
+class Stream(NamedTuple):
+    """A split that is read in order.
+
+    Attributes:
+        rows: a `datasets.IterableDataset`.
+        place: what names this very content again: a hub data set's with the commit that its revision stood for.
+        version: the commit, or for a local folder what changes with its files.
+    """
+
+    rows: Any
+    place: str
+    version: str
+
+
+def open_stream(place: str) -> Stream:
+    """The training split of what `place` names.
 
     Raises:
-        FileNotFoundError: it is neither on this machine nor on a hub that answers.
+        FileNotFoundError: it is neither on this machine nor on a hub that answers, or is cached at another revision.
     """
     name, data_dir, revision = split_place(place)
-    problem = None if Path(name).is_dir() else tokenizer.hub_problem()
+    local = Path(name).is_dir()
+    problem = None if local else tokenizer.hub_problem()
     import datasets
 
     if problem is not None:  # then the cache is all there is, and is asked at once
@@ -28,13 +43,24 @@ def open_stream(place: str) -> Any:
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.disable_progress_bars()
     try:
-        if problem is not None:  # streaming always asks the hub; what is cached is whole
-            cached: Any = datasets.load_dataset(name, data_dir=data_dir, revision=revision, split="train")
-            return cached.to_iterable_dataset(num_shards=1)
-        return datasets.load_dataset(name, data_dir=data_dir, revision=revision, split="train", streaming=True)
+        builder = datasets.load_dataset_builder(name, data_dir=data_dir, revision=revision)
+        if problem is None:
+            rows: Any = builder.as_streaming_dataset(split="train")
+        else:  # streaming always asks the hub; what is cached is whole
+            cached: Any = builder.as_dataset(split="train")
+            rows = cached.to_iterable_dataset(num_shards=1)
     except Exception as error:
         asked = f"; the hub cannot be asked ({problem})" if problem else ""
+        if problem and data_dir:
+            asked += f", and of a cached data set the library finds {name} whole only, not its {data_dir}"
         raise FileNotFoundError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{asked}") from error
+    version = str(builder.hash)
+    if problem is not None and revision not in (None, version):  # the library takes the newest, whatever was asked for
+        raise FileNotFoundError(
+            f"the cache holds commit {version} and revision {revision} was asked for; the hub cannot be asked which "
+            f"commit that is ({problem}): name the commit, or none to take what is cached"
+        )
+    return Stream(rows, place if local else f"{'/'.join(filter(None, (name, data_dir)))}@{version}", version)
 
 
 def split_place(place: str) -> tuple[str, str | None, str | None]:
@@ -51,11 +77,6 @@ def broken_data() -> type[Exception]:
     import datasets.exceptions
 
     return datasets.exceptions.DatasetGenerationError
-
-
-def version(stream: Any) -> str:
-    """What the library knows of the data's version."""
-    return str(stream.info.version or "") + str(stream.info.download_size or "")
 
 
 def open_tfds(place: str) -> Any:

@@ -102,6 +102,8 @@ def find_units(source: str, unit_bytes: int, log: Callable[[str], None]) -> list
             failures.append(f"{kind}:{place}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
             log(f"SOURCE NOT USED: {failures[-1]}")
             continue
+        if kind == "hf":
+            place = pieces[0].path  # with the commit that was chosen
         units = [Unit(i, kind, place, pieces) for i, pieces in enumerate(_group(pieces, unit_bytes))]
         size = sum(unit.size for unit in units)
         chosen = f"{kind}:{place}" if place else kind
@@ -211,8 +213,8 @@ def _list_hf(place: str, unit_bytes: int) -> Iterator[Piece]:
     from MaxText.input_pipeline import hub
 
     stream = hub.open_stream(place)
-    for shard in range(stream.num_shards):
-        yield Piece(place, shard, shard + 1, unit_bytes, hub.version(stream))
+    for shard in range(stream.rows.num_shards):
+        yield Piece(stream.place, shard, shard + 1, unit_bytes, stream.version)
 
 
 def _list_tfds(place: str, unit_bytes: int) -> Iterator[Piece]:

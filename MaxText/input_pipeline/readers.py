@@ -210,11 +210,11 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
 
 def hub_rows(piece: Piece) -> Iterator[Row | Bad]:
     """The rows of one shard of a hub data set."""
-    stream = hub.open_stream(piece.path)
+    rows = hub.open_stream(piece.path).rows
     place = f"{piece.path}:shard {piece.start}"
     index = 0
     try:
-        for index, row in enumerate(stream.shard(stream.num_shards, piece.start)):
+        for index, row in enumerate(rows.shard(rows.num_shards, piece.start)):
             yield f"{place}, row {index}", row
     except (ValueError, EOFError, hub.broken_data()) as error:
         yield Bad(place, "broken_stream", f"after row {index}: {str(error)[:200]}")
