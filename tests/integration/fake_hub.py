@@ -1,4 +1,4 @@
-"""A hub of data sets on the loopback, as far as the `datasets` library asks it: commits, their files, and parts of them."""
+"""A hub with one data set on the loopback, as far as the `datasets` library asks it."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""A data set of the hub, prepared as a user does it: streamed, at a revision, and from the cache when there is no hub."""
+"""A data set of the hub, prepared as a user does it: streamed, at a revision, and from the cache without a hub."""
 
 import email
 import json

@@ -1,12 +1,15 @@
 """The whole of a preparation: the same bytes whatever happens on the way, and data that the trainer reads."""
 
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,20 @@ def test_the_number_of_workers_does_not_matter(source, prepare, tmp_path):
     assert len([name for name in one if name.startswith("train/tokens")]) > 3
     report = json.loads((tmp_path / "one/report.json").read_text())
     assert report["dropped"]["duplicate"] == 9 and report["dropped"]["near_duplicate"] > 20
+
+
+def test_it_says_how_far_it_is_and_how_long_it_will_take(source, prepare, monkeypatch):
+    """By a clock that is ten seconds later at each look."""
+    monkeypatch.setattr(preparing, "time", types.SimpleNamespace(monotonic=itertools.count(0.0, 10.0).__next__))
+    _, lines = prepare(source=source, unit_bytes=100_000)
+    pattern = r"scan: (\d+) of (\d+) units, ([\d,]+) of about ([\d,]+) MB, ([\d.]+) MB/s, about ([\d,]+) s left"
+    told = [[float(part.replace(",", "")) for part in match.groups()] for l in lines if (match := re.match(pattern, l))]
+    finished, units, read, total, _, left = zip(*told, strict=True)
+    assert len(told) > 3 and len(set(units)) == len(set(total)) == 1
+    assert finished[0] == 0 and finished[-1] >= units[0] - 1 and list(finished) == sorted(finished)
+    assert list(read) == sorted(read) and read[-1] == total[0]
+    elapsed = 10 * len(told)
+    assert left[0] > elapsed / 2 and left[-1] < elapsed / 4
 
 
 @pytest.mark.slow
