@@ -1,8 +1,8 @@
-"""Kills training at random instants and goes on, again and again: python -m tests.faults.kill [--kills 100] [--write].
+"""Stops training at random instants and goes on, again and again: python -m tests.faults.kill [--kills 100] [--write].
 
-Each run is killed with SIGKILL (compiling, in a step, while saving or evaluating) until it is complete, with dropout,
-multi-token prediction and packed documents, over several epochs. Its parameters and moments must then have the sha256
-of a run that was never touched. --write adds the figures to benchmarks/results/kill_9.jsonl.
+Each run gets SIGKILL, or SIGTERM with --signal term (starting, compiling, in a step, while saving or evaluating), until
+it is complete, with dropout, multi-token prediction and packed documents, over several epochs. Its parameters and
+moments must then have the sha256 of a run that was never touched. --write adds the figures to benchmarks/results/.
 """
 
 import argparse
@@ -54,13 +54,15 @@ KEYS = {
     "peak_tflops_per_device": 1,
 }
 STEP = re.compile(r"^completed step: (\d+),")
+RESUME_ME = 75
 
 
 @dataclasses.dataclass
 class Kill:
-    """One killed launch."""
+    """One launch that was killed, or stopped."""
 
     phase: str
+    seconds: float  # from the signal to the end of the process
     asynchronous: bool
     resumed: int | None  # the step it went on from; None where it was killed before it said so
     reached: int  # the last step it reported
@@ -98,9 +100,17 @@ def write_data(directory: pathlib.Path) -> None:
 
 
 class Harness:
-    """Launches below one folder; `environment` is what they see."""
+    """Launches below one folder; `environment` is what they see, `number` the signal that they get."""
 
-    def __init__(self, folder: pathlib.Path, environment: Mapping[str, str], cache: pathlib.Path, seed: int):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        environment: Mapping[str, str],
+        cache: pathlib.Path,
+        seed: int,
+        number: signal.Signals = signal.SIGKILL,
+    ):
+        self.number = number
         self.folder = folder
         self.environment = {**environment, "JAX_PLATFORMS": "cpu"}
         self.cache = cache
@@ -146,7 +156,13 @@ class Harness:
         after = self.random.uniform(0, 0.6 * self.seconds)
         wait_for_a_step = self.random.random() < 0.75  # most instants would otherwise be before the first step
         lines: list[str] = []
-        timer = threading.Timer(after / 4 if wait_for_a_step else after, process.kill)
+        struck: list[tuple[str, float]] = []  # the phase, and when
+
+        def strike() -> None:
+            struck.append((self._phase(name, _steps(lines), started=bool(lines)), time.monotonic()))
+            process.send_signal(self.number)
+
+        timer = threading.Timer(after / 4 if wait_for_a_step else after, strike)
         if not wait_for_a_step:
             timer.start()
         for line in process.stdout:
@@ -155,24 +171,25 @@ class Harness:
                 wait_for_a_step = False
                 timer.start()
         code = process.wait()
+        ended = time.monotonic()
         timer.cancel()
         process.stdout.close()
         if code == 0:
             return None
-        assert code == -signal.SIGKILL, "".join(lines)
-        steps = [int(match[1]) for match in map(STEP.match, lines) if match]
+        assert code == (-signal.SIGKILL if self.number == signal.SIGKILL else RESUME_ME), f"{code}\n{''.join(lines)}"
+        steps = _steps(lines)
         resumed = next((int(line.split()[3].replace(",", "")) for line in lines if line.startswith("Resuming")), None)
-        return Kill(self._phase(name, lines, steps), asynchronous, resumed, steps[-1] if steps else resumed or 0)
+        ((phase, since),) = struck
+        return Kill(phase, ended - since, asynchronous, resumed, steps[-1] if steps else resumed or 0)
 
-    def _phase(self, name: str, lines: list[str], steps: list[int]) -> str:
-        if not lines:
+    def _phase(self, name: str, steps: list[int], *, started: bool) -> str:
+        if not started:
             return "starting"
         if not steps:
             return "compiling"
         if list((self.folder / name / "checkpoints").glob(".*")):
             return "saving"
-        evaluated = any(line.startswith(f"Completed eval after train step {steps[-1]},") for line in lines)
-        return "step" if steps[-1] % KEYS["eval_interval"] or evaluated else "evaluating"
+        return "step" if steps[-1] % KEYS["eval_interval"] else "evaluating"
 
     def _run_to_the_end(self, name: str, asynchronous: bool) -> str:
         """Lets a run end; the sha256 of its last state, and of what it logged."""
@@ -180,6 +197,11 @@ class Harness:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=600, cwd="/")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return state_sha256(self.folder / name / f"checkpoints/{KEYS['steps']}") + losses_sha256(self.folder / name)
+
+
+def _steps(lines: list[str]) -> list[int]:
+    """Those that were reported, in order."""
+    return [int(match[1]) for match in map(STEP.match, lines) if match]
 
 
 def state_sha256(step: pathlib.Path) -> str:
@@ -217,14 +239,16 @@ def main() -> int:
     """Kills as often as asked, and says what became of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--signal", choices=("kill", "term"), default="kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     begin = time.monotonic()
     kills: list[Kill] = []
     lost: dict[bool, list[int]] = {True: [], False: []}
+    number = {"kill": signal.SIGKILL, "term": signal.SIGTERM}[arguments.signal]
     with tempfile.TemporaryDirectory() as folder:
-        harness = Harness(pathlib.Path(folder), os.environ, pathlib.Path(folder) / "jax", arguments.seed)
+        harness = Harness(pathlib.Path(folder), os.environ, pathlib.Path(folder) / "jax", arguments.seed, number)
         runs = 0
         while len(kills) < arguments.kills:
             runs += 1
@@ -234,6 +258,7 @@ def main() -> int:
             kills += done
             print(f"run {runs}: {len(kills)} kills so far; the sha256 of the untouched run", flush=True)
     result = {
+        "signal": number.name,
         "kills": len(kills),
         "phases": dict(collections.Counter(kill.phase for kill in kills)),
         "runs": runs,
@@ -246,9 +271,14 @@ def main() -> int:
         "seconds": round(time.monotonic() - begin),
         "date": time.strftime("%Y-%m-%d"),
     }
+    if number == signal.SIGTERM:
+        ends = [kill.seconds for kill in kills]
+        result["seconds_to_the_exit"] = {f"p{p}": round(float(np.percentile(ends, p)), 2) for p in (50, 99)}
     print(json.dumps(result))
     if arguments.write:
-        with (ROOT / "benchmarks/results/kill_9.jsonl").open("a") as file:
+        with (ROOT / f"benchmarks/results/{'kill_9' if number == signal.SIGKILL else 'sigterm'}.jsonl").open(
+            "a"
+        ) as file:
             file.write(json.dumps(result) + "\n")
     return 0
 
