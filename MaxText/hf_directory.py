@@ -15,6 +15,7 @@ from ml_collections import FrozenConfigDict
 from safetensors import numpy as safetensors
 
 from MaxText import hf_weights
+from MaxText.input_pipeline import tokenizer
 from MaxText.sharding import path_name
 
 WEIGHTS, EXTRA = "model.safetensors", "extra.safetensors"
@@ -56,7 +57,7 @@ def write(directory: Path, config: FrozenConfigDict, params: Mapping[str, Any], 
         for path, leaf in jax.tree_util.tree_leaves_with_path({"mtp": params.pop("mtp", {})})
     }
     weights = hf_weights.to_hugging_face(params)
-    size = config.vocab_size - config.vocab_padding
+    size = tokenizer.num_token_ids(config)
     for name in set(_TABLES) & set(weights):
         if config.vocab_padding:
             extra[name] = np.ascontiguousarray(weights[name][size:])
@@ -131,7 +132,7 @@ def model_config(config: FrozenConfigDict, dtype: str, eos_id: int | None) -> di
     return {
         "architectures": [architecture],
         "model_type": model_type,
-        "vocab_size": config.vocab_size - config.vocab_padding,
+        "vocab_size": tokenizer.num_token_ids(config),
         "hidden_size": config.base_emb_dim,
         "intermediate_size": config.base_mlp_dim,
         "num_hidden_layers": config.base_num_decoder_layers,

@@ -11,6 +11,7 @@ import jax
 from ml_collections import FrozenConfigDict
 
 from MaxText import flops, hardware
+from MaxText.input_pipeline import tokenizer
 from MaxText.input_pipeline.loader import Datasets
 from MaxText.kernels import attention
 from MaxText.train_state import TrainState
@@ -91,7 +92,7 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
 
 
 def _expected_loss(config: FrozenConfigDict) -> str:
-    size = config.vocab_size - config.vocab_padding
+    size = tokenizer.num_token_ids(config)
     line = f"Expected loss at initialization: ln({size:,}) = {math.log(size):.3f}"
     if config.mtp_num_layers:
         both = (1 + config.mtp_loss_scaling_factor) * math.log(size)

@@ -159,11 +159,7 @@ def _load_given(tokenizer_path: str, vocab_size: int) -> tokenizer.Tokenizer | N
     if not tokenizer_path:
         return None
     given = tokenizer.load(tokenizer_path)
-    if given.vocab_size > vocab_size:
-        raise ValueError(
-            f"tokenizer_path={tokenizer_path} has {given.vocab_size} entries, more than vocab_size={vocab_size}; "
-            f"set vocab_size to at least {given.vocab_size}"
-        )
+    tokenizer.check_fits(given, tokenizer_path, vocab_size)
     return given
 
 

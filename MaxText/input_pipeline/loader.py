@@ -96,7 +96,7 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
     if config.dataset_type == "hf":
         return _open_stream(config, log)
     if config.dataset_type == "embedded":
-        corpus = embedded.prepare(**_embedded_settings(config), log=log)
+        corpus = embedded.prepare(**embedded_settings(config), log=log)
         train_directory, eval_directory = corpus.train, corpus.heldout
         tokenizer_path, note = corpus.tokenizer_path, f"; {corpus.note}"
         cure = f"; or delete {corpus.train.parent}, and the same command makes it again"
@@ -107,7 +107,7 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
         tokenizer_path, note, cure = config.tokenizer_path or _tokenizer_beside(train_directory), "", ""
     else:
         raise ValueError(f"dataset_type={config.dataset_type}: use embedded, grain, hf or synthetic")
-    size, length, masking = config.vocab_size, config.max_target_length, config.document_masking
+    size, length, masking = tokenizer.num_token_ids(config), config.max_target_length, config.document_masking
     evaluation = None
     try:
         fim = _open_fim(config, tokenizer_path)
@@ -130,7 +130,7 @@ def open_datasets(config: Any, log: Callable[[str], None]) -> Datasets:
 
 def describe(config: Any) -> tuple[str, int | None]:
     """What a run would say of its data, without making any, and how many sequences there are; None: not known yet."""
-    if config.dataset_type == "embedded" and not embedded.is_prepared(**_embedded_settings(config)):
+    if config.dataset_type == "embedded" and not embedded.is_prepared(**embedded_settings(config)):
         text = (
             f"DATA: the Python files of this machine, at most {config.embedded_corpus_bytes / 1e6:.1f} MB of them; not "
             f"prepared yet, a run would do so first and keep the result in {config.data_cache_directory}"
@@ -140,17 +140,18 @@ def describe(config: Any) -> tuple[str, int | None]:
     return data.description, data.train.num_windows
 
 
-def _embedded_settings(config: Any) -> dict[str, Any]:
+def embedded_settings(config: Any) -> dict[str, Any]:
+    """What `embedded.prepare` is to be called with."""
     return {
         "cache_directory": Path(config.data_cache_directory).expanduser(),
         "corpus_bytes": config.embedded_corpus_bytes,
-        "vocab_size": config.vocab_size,
+        "vocab_size": tokenizer.num_token_ids(config),
         "tokenizer_path": config.tokenizer_path,
     }
 
 
 def _open_synthetic(config: Any) -> Datasets:
-    arguments = {"vocab_size": config.vocab_size, "sequence_length": config.max_target_length}
+    arguments = {"vocab_size": tokenizer.num_token_ids(config), "sequence_length": config.max_target_length}
     seed = config.data_shuffle_seed
     train = SyntheticDataset(**arguments, seed=2 * seed, num_windows=SYNTHETIC_TRAIN_WINDOWS)
     evaluation = SyntheticDataset(**arguments, seed=2 * seed + 1, num_windows=SYNTHETIC_EVAL_WINDOWS)
@@ -169,13 +170,9 @@ def _open_stream(config: Any, log: Callable[[str], None]) -> Datasets:
         )
     if config.steps == "auto":
         raise ValueError("steps=auto needs to know how much data there is, and dataset_type=hf does not; give a number")
-    size, length, masking = config.vocab_size, config.max_target_length, config.document_masking
+    size, length, masking = tokenizer.num_token_ids(config), config.max_target_length, config.document_masking
     loaded = tokenizer.load(config.tokenizer_path)
-    if loaded.vocab_size > size:
-        raise ValueError(
-            f"tokenizer_path={config.tokenizer_path} has {loaded.vocab_size} entries, more than vocab_size={size}; set "
-            f"vocab_size to at least {loaded.vocab_size}"
-        )
+    tokenizer.check_fits(loaded, config.tokenizer_path, size)
     fim = _open_fim(config, config.tokenizer_path)
     train = StreamDataset(config.source, config.text_column, loaded, size, length, config.num_epoch, fim, masking, log)
     evaluation = None

@@ -289,7 +289,7 @@ class TokenBlockReader:
         """Open and check every shard: present, of the right size and record count; hashed too if all are small.
 
         Args:
-            vocab_size: the model's; every token id has to be below it.
+            vocab_size: the model's, without what is padding of it; every token id has to be below it.
         Raises:
             FileNotFoundError: the manifest or a shard is missing.
             ValueError: something is damaged or edited, or a token id does not fit the model.
@@ -299,8 +299,9 @@ class TokenBlockReader:
         if self.manifest.max_token_id >= vocab_size:
             raise ValueError(
                 f"{self.directory}: its largest token id, {self.manifest.max_token_id}, is not below "
-                f"vocab_size={vocab_size}; it was made with the tokenizer {self.manifest.tokenizer['name']} of "
-                f"{self.manifest.vocab_size} entries; set vocab_size to at least that"
+                f"vocab_size - vocab_padding = {vocab_size}; it was made with the tokenizer "
+                f"{self.manifest.tokenizer['name']} of {self.manifest.vocab_size} entries; set vocab_size so that "
+                "they fit"
             )
         self.dtype = np.dtype(self.manifest.dtype)
         self._itemsize = self.dtype.itemsize

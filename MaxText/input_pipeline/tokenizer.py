@@ -123,6 +123,20 @@ def train(texts: Iterable[str], vocab_size: int, directory: Path, rules: str = "
         raise OSError(f"the tokenizer cannot be saved to {directory}: {error}") from error
 
 
+def num_token_ids(config: Any) -> int:
+    """The ids of the model's vocabulary that a token may have: those that are not padding."""
+    return config.vocab_size - config.vocab_padding
+
+
+def check_fits(loaded: Tokenizer, tokenizer_path: str, num_ids: int) -> None:
+    """A ValueError where the tokenizer has more ids than the `num_ids` that the model's tokens may have."""
+    if loaded.vocab_size > num_ids:
+        raise ValueError(
+            f"tokenizer_path={tokenizer_path} has {loaded.vocab_size} entries, more than vocab_size - vocab_padding = "
+            f"{num_ids}; set vocab_size so that they fit"
+        )
+
+
 def load(tokenizer_path: str) -> Tokenizer:
     """The tokenizer at a Hugging Face directory, a hub name or a SentencePiece .model file.
 

@@ -56,7 +56,7 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
     work = {
         "version": [tasks.VERSION, token_blocks.FORMAT_VERSION],
         "settings": dataclasses.asdict(settings),
-        "tokenizer": given.fingerprint if given else [config.vocab_size, tokenizer.CODE_PATTERN],
+        "tokenizer": given.fingerprint if given else [tokenizer.num_token_ids(config), tokenizer.CODE_PATTERN],
         "benchmarks": benchmarks,
         "units": [unit.to_json() for unit in units],
     }
@@ -76,7 +76,7 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
         engine = ENGINES[config.prepare_engine]
         if _run(workplace, "scan", sizes, engine, workers, log):
             return 1
-        dropped = _choose(workplace, numbers, settings, config.vocab_size, given, log)
+        dropped = _choose(workplace, numbers, settings, tokenizer.num_token_ids(config), given, log)
         encoder = given or _trained_tokenizer(str(out / workplace.read_json("chosen.json")["tokenizer"]))
         _delete_half_written(workplace)
         sizes = {number: max(_chosen_bytes(workplace, number), 1) for number in numbers}
@@ -145,11 +145,7 @@ def _given_tokenizer(config: FrozenConfigDict, copy: Path) -> tokenizer.Tokenize
             "elsewhere, or give another out"
         )
     given = tokenizer.load(config.tokenizer_path)
-    if given.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"tokenizer_path={config.tokenizer_path} has {given.vocab_size} entries, more than "
-            f"vocab_size={config.vocab_size}; set vocab_size to at least {given.vocab_size}"
-        )
+    tokenizer.check_fits(given, config.tokenizer_path, tokenizer.num_token_ids(config))
     return given
 
 

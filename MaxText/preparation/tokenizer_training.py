@@ -37,11 +37,11 @@ def train(config: FrozenConfigDict, log: Log) -> int:
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out={out} is not empty; give another directory")
     trained_on, heldout = _draw(config, log)
-    started = time.monotonic()
+    started, size = time.monotonic(), tokenizer.num_token_ids(config)
     if config.tokenizer_rules == "sentencepiece":
-        path = _train_sentencepiece(trained_on, config.vocab_size, out)
+        path = _train_sentencepiece(trained_on, size, out)
     else:
-        tokenizer.train(trained_on, config.vocab_size, out, config.tokenizer_rules)
+        tokenizer.train(trained_on, size, out, config.tokenizer_rules)
         path = out
     seconds = time.monotonic() - started
     trained = tokenizer.load(str(path))

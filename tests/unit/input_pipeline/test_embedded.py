@@ -117,7 +117,7 @@ def test_a_given_tokenizer_is_used_or_refused(prepared, tree, tmp_path):
     given = tokenizer.load(corpus.tokenizer_path)
     same = prepare(tmp_path, tree, tokenizer_path=corpus.tokenizer_path)
     assert TokenBlockReader(same.train, 400).manifest.tokenizer["sha256"] == given.fingerprint
-    with pytest.raises(ValueError, match="more than vocab_size=300"):
+    with pytest.raises(ValueError, match="more than vocab_size - vocab_padding = 300"):
         prepare(tmp_path, tree, vocab_size=300, tokenizer_path=corpus.tokenizer_path)
     with pytest.raises(FileNotFoundError, match=r"^tokenizer_path=/no/where"):
         prepare(tmp_path, tree, tokenizer_path="/no/where")
@@ -154,8 +154,8 @@ def test_open_datasets(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "python_roots", lambda: [tree])
     config = SimpleNamespace(
         dataset_type="embedded", data_cache_directory=str(tmp_path), embedded_corpus_bytes=10**6, vocab_size=512,
-        tokenizer_path="", max_target_length=32, enable_data_shuffling=True, data_shuffle_seed=0, fim_rate=0.5,
-        fim_spm_rate=0.5, document_masking=True,
+        vocab_padding=0, tokenizer_path="", max_target_length=32, enable_data_shuffling=True,
+        data_shuffle_seed=0, fim_rate=0.5, fim_spm_rate=0.5, document_masking=True,
     )  # fmt: skip
     datasets = loader.open_datasets(config, print)
     assert datasets.description.startswith("DATA: the Python files of this machine (80 files, ")

@@ -114,6 +114,7 @@ def config(**changes):
         "grain_eval_files": "",
         "tokenizer_path": "",
         "vocab_size": 1000,
+        "vocab_padding": 0,
         "max_target_length": LENGTH,
         "enable_data_shuffling": True,
         "data_shuffle_seed": 0,
@@ -155,9 +156,10 @@ def test_bad_settings(changes, error, message):
         open_datasets(config(**changes), print)
 
 
-def test_a_model_with_a_smaller_vocabulary_is_refused(shards):
-    with pytest.raises(ValueError, match="is not below vocab_size=512"):
-        open_datasets(config(grain_train_files=str(shards), vocab_size=512), print)
+@pytest.mark.parametrize("keys", [{"vocab_size": 512}, {"vocab_size": 1000, "vocab_padding": 488}])
+def test_a_model_with_too_few_ids_for_the_tokens_is_refused(shards, keys):
+    with pytest.raises(ValueError, match="is not below vocab_size - vocab_padding = 512"):
+        open_datasets(config(grain_train_files=str(shards), **keys), print)
 
 
 def test_different_tokenizers_are_refused(shards, write_blocks):

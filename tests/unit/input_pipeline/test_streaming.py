@@ -50,8 +50,8 @@ def source(request, texts, tmp_path):
 def open_stream(source, tokenizer_path, **changes):
     values = {
         "dataset_type": "hf", "source": source, "text_column": "", "tokenizer_path": tokenizer_path, "vocab_size": 512,
-        "max_target_length": 64, "fim_rate": 0.0, "fim_spm_rate": 0.5, "document_masking": True, "num_epoch": -1,
-        "enable_data_shuffling": True, "data_shuffle_seed": 0, "grain_eval_files": "", "steps": "100",
+        "vocab_padding": 0, "max_target_length": 64, "fim_rate": 0.0, "fim_spm_rate": 0.5, "document_masking": True,
+        "num_epoch": -1, "enable_data_shuffling": True, "data_shuffle_seed": 0, "grain_eval_files": "", "steps": "100",
     }  # fmt: skip
     return open_datasets(SimpleNamespace(**values | changes), lambda line: None)
 
@@ -99,7 +99,7 @@ def test_settings_that_will_not_do(source, tokenizer_path):
         open_stream(source, "")
     with pytest.raises(ValueError, match="steps=auto needs to know how much data there is"):
         open_stream(source, tokenizer_path, steps="auto")
-    with pytest.raises(ValueError, match="has 500 entries, more than vocab_size=400"):
+    with pytest.raises(ValueError, match="has 500 entries, more than vocab_size - vocab_padding = 400"):
         open_stream(source, tokenizer_path, vocab_size=400)
     with pytest.raises(ValueError, match="not one document to train on; name its text_column"):
         open_stream(source, tokenizer_path, text_column="lang").train.batch(0, 1, slice(None))

@@ -71,7 +71,7 @@ def test_nothing_to_write(write_blocks):
 def test_a_model_too_small_is_refused(write_blocks):
     directory = write_blocks([[5, 700, 3]])
     TokenBlockReader(directory, 701)
-    with pytest.raises(ValueError, match=r"largest token id, 700, is not below vocab_size=700"):
+    with pytest.raises(ValueError, match=r"largest token id, 700, is not below vocab_size - vocab_padding = 700"):
         TokenBlockReader(directory, 700)
 
 

@@ -188,7 +188,7 @@ def test_a_tokenizer_is_trained_when_none_is_given(source, prepare, tmp_path):
 def test_settings_that_will_not_do(source, prepare, tmp_path):
     with pytest.raises(ValueError, match="both are needed, such as source=dir:src"):
         prepare(source="")
-    with pytest.raises(ValueError, match="has 500 entries, more than vocab_size=300"):
+    with pytest.raises(ValueError, match="has 500 entries, more than vocab_size - vocab_padding = 300"):
         prepare(source=source, vocab_size=300)
     with pytest.raises(ValueError, match="lower held_out_one_in=1000000"):
         prepare(source=source, held_out_one_in=1_000_000)
