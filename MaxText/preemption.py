@@ -17,6 +17,8 @@ from typing import Any
 
 EXIT_RESUME = 75  # "resume me": interrupted, nothing lost, the same command continues
 
+_SECONDS_TO_TRY_AGAIN = 0.1
+
 
 class Stopped(BaseException):
     """A request to stop came while something was under way that can be given up."""
@@ -73,10 +75,13 @@ class StopSignals:
         """A block that a request to stop ends with Stopped, even in the middle; it must be fit to be left there."""
         self._giving_up = self.alone
         try:
-            if self.requested and self.alone:
-                raise Stopped
-            yield
-        finally:
+            try:
+                if self.requested and self.alone:
+                    raise Stopped
+                yield
+            finally:
+                self._giving_up = False
+        finally:  # the handler may have raised in the lines above
             self._giving_up = False
 
     def wait_for(self, function: Callable[[], Any]) -> Any:
@@ -91,7 +96,9 @@ class StopSignals:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._note(number)
         if self._giving_up:
-            self._giving_up = False
+            signal.setitimer(
+                signal.ITIMER_REAL, _SECONDS_TO_TRY_AGAIN
+            )  # a finalizer's exceptions are lost, this one too
             raise Stopped
 
     def _note(self, number: int) -> None:

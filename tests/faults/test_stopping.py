@@ -104,6 +104,25 @@ def test_the_end_of_max_run_hours(tmp_path):
     assert "max_run_hours=0.00111111: " in console
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_finalizer_is_not_lost():
+    """Python throws away what is raised there."""
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+
+    begin = time.monotonic()
+    with preemption.StopSignals() as stop, stop.saving():
+        with pytest.raises(preemption.Stopped), stop.may_give_up():
+            held = Finalized()
+            del held
+            time.sleep(30)
+        time.sleep(0.3)  # nothing comes any more
+    assert time.monotonic() - begin < 5
+
+
 def test_a_request_before_a_block_that_may_be_given_up_is_not_lost():
     with preemption.StopSignals() as stop, stop.saving():
         os.kill(os.getpid(), signal.SIGTERM)
