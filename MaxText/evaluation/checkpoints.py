@@ -1,7 +1,8 @@
 """Scores a run's checkpoints on a task, and remembers: under {run}/evaluation/<task>-<digest of the settings>/.
 
 There `<step>.jsonl` holds every sample of a checkpoint, `scores.jsonl` one line for each checkpoint, `scores.png` the
-scores against tokens. Whatever is there already is not made again.
+scores against tokens. Whatever is there already is not made again. The digest is of all that decides a score: the
+settings and the data; a record names the checkpoint's own hash.
 """
 
 import hashlib
@@ -19,14 +20,16 @@ from MaxText.evaluation import grading, held_out, humaneval, infilling, mbpp, sa
 from MaxText.inference import generate, runs
 from MaxText.input_pipeline import embedded, loader
 from MaxText.input_pipeline.token_blocks import TokenBlockReader
-from MaxText.input_pipeline.tokenizer import Tokenizer
+from MaxText.input_pipeline.tokenizer import Tokenizer, num_token_ids
 
 Log = Callable[[str], None]
 CONTEXT_CHARACTERS = 1500  # of the text on each side of a gap
 CALLS_OF_ROWS = 8  # prompts asked for at once, in batches of rows: few idle rows at the end, much to resume from
-# What decides the scores besides the task and the checkpoint.
-SETTINGS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "sampling_seed", "max_target_length", "rope_factor")
-SETTINGS += ("dtype", "matmul_precision")
+# What decides the scores besides the data and the checkpoint.
+_MODEL_SETTINGS = ("max_target_length", "rope_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+_MODEL_SETTINGS += ("dtype", "matmul_precision")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "sampling_seed", *_MODEL_SETTINGS)
+HELD_OUT_SETTINGS = ("eval_steps", *_MODEL_SETTINGS)
 
 
 def evaluate(run: runs.TrainedRun, log: Log) -> list[dict[str, Any]]:
@@ -41,20 +44,26 @@ def evaluate(run: runs.TrainedRun, log: Log) -> list[dict[str, Any]]:
         config = run.config(newest, with_data=True)
     steps = chosen_steps(run, config.checkpoints)
     log(f"{run.directory}: {config.task} of {len(steps)} checkpoints: {', '.join(map(str, steps))}")
-    if config.task == "heldout":
-        directory = _directory(run, "heldout", {"eval_steps": config.eval_steps, "dtype": config.dtype})
-        score = _held_out_score
-    else:
-        directory = _directory(run, config.task, {key: config[key] for key in SETTINGS} | _task_settings(config))
+    if config.task != "heldout":
         log(decontamination(run.info(newest)["config"]))
-        score = _Sampled(run, config, directory, log)
+    score = (_HeldOut if config.task == "heldout" else _Sampled)(run, config, log)
+    directory = _directory(run, config.task, score.settings)
     for step in steps:
-        known = score_report.read(directory).get(step)
-        if known is not None and known["num_samples"] >= (0 if config.task == "heldout" else config.num_samples):
+        known, checkpoint = score_report.read(directory).get(step), run.fingerprint(step)
+        if known is not None and known["checkpoint"] == checkpoint and known["num_samples"] >= score.num_samples:
             log(f"checkpoint {step}: scored before")
         else:
-            scores = score(run, step, log)
-            score_report.add(directory, _record(run, step, config, scores))
+            record = {
+                "run": run.directory.name,
+                "task": config.task,
+                "step": step,
+                "checkpoint": checkpoint,
+                "tokens": step * run.info(step)["tokens_per_step"],
+                "num_samples": score.num_samples,
+                "scores": score(step, directory),
+                "settings": score.settings,
+            }
+            score_report.add(directory, record)
         log(score_report.line(score_report.read(directory)[step]))
     log(score_report.draw(directory, f"{run.directory.name}: {config.task}"))
     records = score_report.read(directory)
@@ -105,12 +114,10 @@ def held_out_texts(config: FrozenConfigDict, tokenizer: Tokenizer) -> list[str]:
     """
     directory: Path | str = config.grain_eval_files
     if config.dataset_type == "embedded":
-        cache = Path(config.data_cache_directory).expanduser()
-        corpus = embedded.prepare(cache, config.embedded_corpus_bytes, config.vocab_size, config.tokenizer_path, print)
-        directory = corpus.heldout
+        directory = embedded.prepare(**loader.embedded_settings(config), log=print).heldout
     if not directory:
         raise ValueError("task=infilling needs held-out text: give grain_eval_files=<directory with a manifest.json>")
-    reader = TokenBlockReader(directory, config.vocab_size)
+    reader = TokenBlockReader(directory, num_token_ids(config))
     if reader.manifest.tokenizer["sha256"] != tokenizer.fingerprint:
         raise ValueError(f"{directory} was made with another tokenizer than the run's, {tokenizer.name}")
     texts = []
@@ -140,23 +147,26 @@ def decontamination(saved: Mapping[str, Any]) -> str:
 class _Sampled:
     """Scores checkpoints by completions that are graded; the sandbox is chosen once."""
 
-    def __init__(self, run: runs.TrainedRun, config: FrozenConfigDict, directory: Path, log: Log):
-        self._config, self._directory = config, directory
+    def __init__(self, run: runs.TrainedRun, config: FrozenConfigDict, log: Log):
+        self._run, self._config, self._log = run, config, log
         self._task = make_task(config, runs.load_tokenizer(run, run.newest(), config))
         self._tier = sandbox.strongest(config.allow_unsafe_sandbox, log)
+        self._sampling = {key: config[key] for key in SAMPLING_SETTINGS}
+        self.settings = self._sampling | self._task.description
+        self.num_samples = config.num_samples
 
-    def __call__(self, run: runs.TrainedRun, step: int, log: Log) -> dict[str, float]:
-        config, task = self._config, self._task
+    def __call__(self, step: int, directory: Path) -> dict[str, float]:
+        config, task, run = self._config, self._task, self._run
         loaded = runs.load(run, step)
         batcher = generate.make_batcher(loaded, config.decode_rows)
         make = generate.Generator(batcher, config, task.stop)
-        settings = {"run": run.directory.name, "step": step} | {key: config[key] for key in SETTINGS}
-        path, samples, seed = self._directory / f"{step}.jsonl", config.num_samples, config.sampling_seed
+        named = {"run": run.directory.name, "step": step, "checkpoint": run.fingerprint(step)}
+        path, samples, seed = directory / f"{step}.jsonl", config.num_samples, config.sampling_seed
         with sandbox.Sandbox(self._tier, sandbox.STANDARD_LIMITS, workers=sandbox_workers()) as box:
-            per_call = config.decode_rows * CALLS_OF_ROWS
-            scores = grading.evaluate(task, make, box, path, samples, seed, per_call, settings, log)
+            per_call, settings = config.decode_rows * CALLS_OF_ROWS, named | self._sampling
+            scores = grading.evaluate(task, make, box, path, samples, seed, per_call, settings, self._log)
         if make.num_cut:
-            log(f"{make.num_cut:,} samples had prompts longer than the context; of them only the end was read")
+            self._log(f"{make.num_cut:,} samples had prompts longer than the context; of them only the end was read")
         return scores
 
 
@@ -166,24 +176,28 @@ def sandbox_workers() -> int:
     return max(1, cores - 1)
 
 
-def _held_out_score(run: runs.TrainedRun, step: int, log: Log) -> dict[str, float]:
-    config = run.config(step, with_data=True)
-    made = job.make_job(config, runs.devices_for(config))
-    data = loader.open_datasets(config, log)
-    if data.evaluation is None:
-        raise ValueError("task=heldout needs held-out data: give grain_eval_files=<directory with a manifest.json>")
-    measure = held_out.HeldOut(config, made.mesh, made.model, made.abstract_state, data)
-    with jax.set_mesh(made.mesh):
-        params = checkpointing.restore_params(run.step_directory(step), made.abstract_state, config.to_dict())
-        measured = measure(params)
-    names = {"eval/avg_loss": "loss", "eval/avg_perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte"}
-    return {name: measured[key] for key, name in names.items() if key in measured}
+class _HeldOut:
+    """Scores checkpoints by their loss on the held-out data, which is opened once."""
 
+    num_samples = 0
 
-def _task_settings(config: FrozenConfigDict) -> dict[str, Any]:
-    if config.task not in infilling.MAX_LINES:
-        return {}
-    return {"problems": config.infilling_problems, "max_lines": infilling.MAX_LINES[config.task]}
+    def __init__(self, run: runs.TrainedRun, config: FrozenConfigDict, log: Log):
+        self._run, self._job = run, job.make_job(config, runs.devices_for(config))
+        data = loader.open_datasets(config, log)
+        if data.evaluation is None:
+            raise ValueError("task=heldout needs held-out data: give grain_eval_files=<directory with a manifest.json>")
+        rows = config.eval_per_device_batch_size * self._job.mesh.size
+        self.settings = {key: config[key] for key in HELD_OUT_SETTINGS} | {"rows": rows}
+        self.settings["data"] = data.evaluation.identity
+        self._measure = held_out.HeldOut(config, self._job.mesh, self._job.model, self._job.abstract_state, data)
+
+    def __call__(self, step: int, _: Path) -> dict[str, float]:
+        config, state = self._job.config, self._job.abstract_state
+        with jax.set_mesh(self._job.mesh):
+            params = checkpointing.restore_params(self._run.step_directory(step), state, config.to_dict())
+            measured = self._measure(params)
+        names = {"eval/avg_loss": "loss", "eval/avg_perplexity": "perplexity", "eval/bits_per_byte": "bits_per_byte"}
+        return {name: measured[key] for key, name in names.items() if key in measured}
 
 
 def _directory(run: runs.TrainedRun, name: str, settings: dict[str, Any]) -> Path:
@@ -192,16 +206,3 @@ def _directory(run: runs.TrainedRun, name: str, settings: dict[str, Any]) -> Pat
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
     return directory
-
-
-def _record(run: runs.TrainedRun, step: int, config: FrozenConfigDict, scores: dict[str, float]) -> dict[str, Any]:
-    tokens = step * run.info(step)["tokens_per_step"]
-    return {
-        "run": run.directory.name,
-        "task": config.task,
-        "step": step,
-        "tokens": tokens,
-        "num_samples": 0 if config.task == "heldout" else config.num_samples,
-        "scores": scores,
-        "settings": {key: config[key] for key in SETTINGS},
-    }

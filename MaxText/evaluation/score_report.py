@@ -1,7 +1,7 @@
 """The scores of checkpoints as lines of JSON, in words, as a table and as a picture.
 
-A record is {"run", "task", "step", "tokens", "num_samples", "scores", "settings"}; of a score that has one,
-`scores` holds the standard error under `<name>_standard_error`.
+A record is {"run", "task", "step", "checkpoint", "tokens", "num_samples", "scores", "settings"}; of a score that has
+one, `scores` holds the standard error under `<name>_standard_error`.
 """
 
 import json
@@ -15,6 +15,8 @@ _ERROR = "_standard_error"
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 # What a task is judged by, the first that there is.
 _MAIN = ("pass@1", "exact_match", "bits_per_byte", "loss")
+# Of the settings, those that a summary tells.
+_TOLD = ("temperature", "top_p", "max_tokens", "eval_steps", "max_target_length", "rope_factor", "dtype")
 
 
 def read(directory: Path) -> dict[int, dict[str, Any]]:
@@ -68,7 +70,7 @@ def summary(run_directory: Path) -> list[str]:
     for directory in found:
         records = list(read(directory).values())
         settings = records[0]["settings"]
-        told = ", ".join(f"{key}={settings[key]}" for key in ("temperature", "top_p", "max_tokens", "dtype"))
+        told = ", ".join(f"{key}={settings[key]}" for key in _TOLD if key in settings)
         lines += [f"{directory} ({told})", table(records), _best(records), ""]
     return lines[:-1]
 

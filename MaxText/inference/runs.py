@@ -18,6 +18,7 @@ from MaxText.inference import weights
 from MaxText.inference.program import Program
 from MaxText.inference.weights import Weights
 from MaxText.input_pipeline import tokenizer
+from MaxText.input_pipeline.token_blocks import file_sha256
 from MaxText.train_state import TrainState
 
 _MESH = dict.fromkeys(config_rules.MESH_KEYS, "1")
@@ -59,6 +60,14 @@ class TrainedRun:
     def info(self, step: int) -> dict[str, Any]:
         """What was saved beside the weights of a step."""
         return checkpointing.read_info(self.step_directory(step))
+
+    def fingerprint(self, step: int) -> str:
+        """The hash of a step's manifest, and so of every byte in it.
+
+        Raises:
+            OSError: it was never finished.
+        """
+        return file_sha256(self.step_directory(step) / checkpoint_manifest.NAME)
 
     def config(self, step: int, with_data: bool = False) -> FrozenConfigDict:
         """The config a step was made with, with the command line's changes.

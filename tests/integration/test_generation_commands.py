@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from MaxText import decode, evaluate
+from MaxText import checkpoint_manifest, decode, evaluate
 from MaxText.input_pipeline import token_blocks, tokenizer
 from tests import support
 
@@ -182,6 +183,44 @@ def test_infilling_held_out_loss_and_the_summary(run, capsys):
     assert len(bits) == len(list((run / "checkpoints").iterdir())) and bits[-1] < 0.5
     code, out, err = command(capsys, evaluate, "summary", run)
     assert code == 0 and "best by bits_per_byte: checkpoint" in out and "best by exact_match" in out, err
+
+
+def held_out(capsys, run, *words):
+    """What was said, and the losses of the checkpoints."""
+    code, out, err = command(capsys, evaluate, run, "task=heldout", "checkpoints=all", *words)
+    assert code == 0, err
+    return out, re.findall(r"^\|.* loss ([\d.]+)", out, re.MULTILINE)
+
+
+def test_other_held_out_data_lengths_and_weights_are_measured_anew(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "known", ignore=shutil.ignore_patterns("evaluation"))
+    _, losses = held_out(capsys, copy)
+    assert held_out(capsys, copy)[0].count("scored before") == 2
+    for words in (
+        ["max_target_length=32"],
+        [f"grain_eval_files={run.parent / 'train'}"],
+        ["rope_factor=4", "original_max_position_embeddings=16"],
+    ):
+        out, others = held_out(capsys, copy, *words)
+        assert "scored before" not in out and others != losses, words
+    first, last = (
+        copy / "checkpoints" / str(step) for step in checkpoint_manifest.steps_in(copy / "checkpoints")[::-1]
+    )
+    shutil.rmtree(first)
+    shutil.copytree(last, first)
+    checkpoint_manifest.write(first, int(first.name))
+    out, others = held_out(capsys, copy)
+    assert out.count("scored before") == 1 and others == [losses[1]] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_another_file_of_problems_has_results_of_its_own(run, problems, tmp_path, capsys):
+    (tmp_path / "two.jsonl").write_text("".join(problems.read_text().splitlines(keepends=True)[:2]))
+    words = [run, "task=humaneval", "temperature=0", "max_tokens=20", "allow_unsafe_sandbox=true"]
+    for file, score in ((problems, "66.67%"), (tmp_path / "two.jsonl", "100.00%")):
+        code, out, err = command(capsys, evaluate, *words, f"task_file={file}")
+        assert code == 0 and f"pass@1 {score}" in out, err
+    assert "scored before" in command(capsys, evaluate, *words, f"task_file={problems}")[1]
 
 
 @pytest.mark.parametrize(
