@@ -32,8 +32,9 @@ class Checkpointer:
 
     Args:
         directory: the run's `checkpoints/`.
-        run_info: what is saved as `config`: {"config": resolved keys, ...}; a restored step's must fit to it.
-        keep: so many of the newest are kept, and besides them the steps of `keep_always`.
+        run_info: what is saved as `config`: {"config": resolved keys, ...}; a restored step's must fit to it. A step
+            that is in the "epoch_ends" it was saved with is never deleted.
+        keep: so many of the newest are kept besides.
         staging: where a step is made before it replaces the old one, if the directory has no room for both.
     """
 
@@ -43,14 +44,12 @@ class Checkpointer:
         run_info: Mapping[str, Any],
         *,
         keep: int,
-        keep_always: Collection[int] = (),
         asynchronous: bool,
         staging: Path | None = None,
     ):
         self.directory = directory
         self._run_info = dict(run_info)
         self._keep = keep
-        self._keep_always = keep_always
         self._asynchronous = asynchronous
         self._staging = staging
         self._finishing: futures.Future[None] | None = None  # of the save under way
@@ -131,21 +130,28 @@ class Checkpointer:
             for staged in reversed(checkpoint_manifest.steps_in(self._staging)):  # a kill may have left an older one
                 self._move_from_staging(staged)
         for old in self.steps()[self._keep :]:
-            if old not in self._keep_always:
+            if not self._is_epoch_end(old):
                 self._delete(old)
 
     def _move_from_staging(self, step: int) -> None:
-        """Copies a whole step to the run's directory; old ones make room for it, as it is safe where it is."""
+        """Copies a whole step to the run's directory; old ones make room for it, as it is safe where it is.
+
+        Raises:
+            OSError: there is no room for it beside the ends of epochs.
+        """
         assert self._staging is not None
         staged = self._staging / str(step)
         size = sum(record["bytes"] for record in checkpoint_manifest.read(staged)["files"].values())
         there = checkpoint_manifest.steps_in(self.directory)[::-1]
-        for old in sorted(there, key=lambda one: one in self._keep_always):  # those that are always kept go last
-            if shutil.disk_usage(self.directory).free > 1.02 * size:
-                break
-            if old in self._keep_always:
-                _LOG.warning("checkpoint %s, an epoch's end, is deleted to make room for %s", old, step)
-            _delete(self.directory / str(old))
+        ends = [old for old in there if self._is_epoch_end(old)]
+        may_go = [old for old in there if old not in ends]
+        while (free := shutil.disk_usage(self.directory).free) < 1.02 * size and may_go:
+            _delete(self.directory / str(may_go.pop(0)))
+        if free < size and ends:
+            raise OSError(
+                f"{self.directory} has {free:,} bytes free, checkpoint {step} takes {size:,}; the ends of epochs, "
+                f"{ends}, are never deleted: move some elsewhere"
+            )
         partial = self.directory / f"{_UNFINISHED}{step}"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(staged, partial)
@@ -159,6 +165,13 @@ class Checkpointer:
     def _path(self, step: int) -> Path:
         """Where a step is; where it is twice, that in the run's directory may be the older one and is not taken."""
         return next(place / str(step) for place in reversed(self._places()) if (place / str(step)).is_dir())
+
+    def _is_epoch_end(self, step: int) -> bool:
+        """By its own record, as a launch may have other epochs; what cannot be read is none of ours to delete."""
+        try:
+            return step in json.loads((self._path(step) / "config.json").read_text()).get("epoch_ends", ())
+        except (OSError, ValueError):
+            return True
 
     def _delete(self, step: int) -> None:
         for place in self._places():

@@ -142,7 +142,6 @@ class Run:
             job.directory / "checkpoints",
             self.info,
             keep=config.max_num_checkpoints_to_keep,
-            keep_always=self.epoch_ends,
             asynchronous=config.async_checkpointing,
             staging=_staging(job),
         )

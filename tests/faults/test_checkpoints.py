@@ -223,21 +223,31 @@ def test_two_runs_of_one_name_are_staged_apart_and_several_processes_not_at_all(
         checkpoint_space.staging_place(tmp_path, tmp_path / "run")
 
 
-def test_an_epochs_end_makes_room_for_a_staged_one_last(tmp_path, trainer, monkeypatch):
-    saver = checkpointing.Checkpointer(
-        tmp_path / "checkpoints",
-        {"config": CONFIG.to_dict()},
-        keep=1,
-        keep_always=[1],
-        asynchronous=False,
-        staging=tmp_path / "scratch",
-    )
+def saver_with_epochs(directory: pathlib.Path, epoch_ends: list[int], staging: pathlib.Path | None = None):
+    info = {"config": CONFIG.to_dict(), "epoch_ends": epoch_ends}
+    return checkpointing.Checkpointer(directory / "checkpoints", info, keep=1, asynchronous=False, staging=staging)
+
+
+def test_an_epochs_end_makes_no_room_for_a_staged_one(tmp_path, trainer, monkeypatch):
+    saver = saver_with_epochs(tmp_path, [1], tmp_path / "scratch")
     for step in (1, 2):
         saver.save(trainer.state, step, DATA)
-    room = iter([0, 10**12])  # full until one has gone
-    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=next(room)))
+    room = iter([0, 10**12, 0])  # full until one has gone, and full again
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=next(room, 0)))
     saver.save(trainer.state, 3, DATA)
-    saver.close()
+    assert saver.steps() == [3, 1]
+    with pytest.raises(
+        OSError, match=r"the ends of epochs, \[1\], are never deleted: move some elsewhere.*\[4, 1\] are"
+    ):
+        saver.save(trainer.state, 4, DATA)
+    assert saver.steps() == [4, 1] and (tmp_path / "scratch/4").is_dir()
+
+
+def test_an_epochs_end_stays_when_a_later_launch_has_other_epochs(tmp_path, trainer):
+    for step, epoch_ends in ((1, [1]), (2, []), (3, [5])):
+        saver = saver_with_epochs(tmp_path, epoch_ends)
+        saver.save(trainer.state, step, DATA)
+        saver.close()
     assert saver.steps() == [3, 1]
 
 
