@@ -27,7 +27,8 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 SYS_PIVOT_ROOT, SYS_MOUNT_SETATTR = 155, 442
 SYS_LANDLOCK_CREATE_RULESET, SYS_LANDLOCK_ADD_RULE, SYS_LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_READ_FILE, LANDLOCK_READ_DIR = 1 << 2, 1 << 3
-LANDLOCK_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # by version: how many rights to files it knows; later ones: as 5
+# By version: how many rights to files it knows; later ones as 5. Before 3 nothing forbids O_RDONLY | O_TRUNC.
+LANDLOCK_RIGHTS = {3: 15, 4: 15, 5: 16}
 
 AUDIT_ARCH_X86_64 = 0xC000003E
 OPEN_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | 0o20000000  # the last: O_TMPFILE
@@ -108,6 +109,8 @@ def enter_namespaces(readable: Sequence[str]) -> None:
 def enter_landlock(readable: Sequence[str]) -> None:
     """From here on this process and its children can only read, and only what is below `readable`."""
     version = system_call(SYS_LANDLOCK_CREATE_RULESET, None, 0, 1)
+    if version < min(LANDLOCK_RIGHTS):
+        raise OSError(f"Landlock's version {version} does not know truncation; Linux 6.2 and later do")
     handled = struct.pack("Q", (1 << LANDLOCK_RIGHTS[min(version, max(LANDLOCK_RIGHTS))]) - 1)
     ruleset = system_call(SYS_LANDLOCK_CREATE_RULESET, handled, len(handled), 0)
     for path in readable:

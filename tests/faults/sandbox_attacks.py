@@ -253,6 +253,9 @@ FILES = {
     "delete a host file": attempt("import os\nos.remove('CANARY')", True),
     "overwrite a host file": attempt("open('CANARY', 'w').write('gone')", True),
     "truncate a host file": attempt("import os\nos.truncate('CANARY', 0)", True),
+    "truncate a host file that is opened to be read": attempt(
+        "import os\nos.open('CANARY', os.O_RDONLY | os.O_TRUNC)", True
+    ),
     "rename a host file": attempt("import os\nos.rename('CANARY', 'CANARY.MARK')", True),
     "change the mode of a host file": attempt("import os\nos.chmod('CANARY', 0o777)", True),
     "change the time of a host file": attempt("import os\nos.utime('CANARY', (0, 0))", True),
@@ -294,6 +297,9 @@ FILES = {
         }.items()
     },
     "change the standard library": attempt("import os\nopen(os.__file__, 'a').write('')"),
+    "empty a file of the standard library, which is empty": attempt(
+        "import os, urllib\nos.open(urllib.__file__, os.O_RDONLY | os.O_TRUNC)"
+    ),
 }
 
 NETWORK = {

@@ -229,6 +229,14 @@ def test_a_wall_with_a_hole_is_no_tier(monkeypatch, box):
     assert reason == "AssertionError: a program uses the network, starts processes"
 
 
+def test_a_landlock_that_does_not_know_truncation_is_no_tier(monkeypatch, box):
+    command = sandbox._command("landlock", sandbox.STANDARD_LIMITS)
+    older = [word.replace("system_call(SYS_LANDLOCK_CREATE_RULESET, None, 0, 1)", "2") for word in command]
+    assert older != command
+    monkeypatch.setattr(sandbox, "_command", lambda tier, limits: older)
+    assert "OSError: Landlock's version 2 does not know truncation" in str(sandbox.unavailable("landlock"))
+
+
 @pytest.mark.parametrize("module", [sandbox_cell, sandbox_warden])
 def test_helpers_need_the_standard_library_only(module):
     """-S leaves no other package to be found, and -I not the project."""
