@@ -50,16 +50,14 @@ class Generator:
         return [completion.text for completion in completions]
 
     def _request(self, before: str, after: str, completions: list[Completion]) -> Request:
-        """One that fits: a completion has at least a quarter of the context, a prompt the end of what it was."""
+        """One that fits: a completion has at least a quarter of the context, a prompt what is left of it."""
         context = self.batcher.context
         max_tokens = min(self._max_tokens, context)
         ids = text.prompt_ids(self.batcher.tokenizer, before, after)
         room = max(context - max_tokens, 3 * context // 4)
         if len(ids) > room:
             self.num_cut += len(completions)
-            excess = len(ids) - room
-            # Of a prompt with a gap, the first token says that it has one.
-            ids = [*ids[:1], *ids[excess + 1 :]] if after else ids[excess:]
+            ids = text.cut_around_gap(self.batcher.tokenizer, ids, room) if after else ids[-room:]
         max_tokens = min(max_tokens, context - len(ids))
         return Request(ids, max_tokens, self._sampling, self._stop, completions, heal=not after)
 

@@ -38,6 +38,18 @@ def prompt_ids(tokenizer: Tokenizer, text: str, suffix: str) -> list[int]:
     return [before, *prefix_ids, after, *suffix_ids, middle]
 
 
+def cut_around_gap(tokenizer: Tokenizer, ids: Sequence[int], room: int) -> list[int]:
+    """At most `room` tokens of a prompt with a gap, the three that ask for it among them.
+
+    The text before the gap loses its beginning; if that is not enough, the text after it loses its end.
+    """
+    at = ids.index(tokenizer.special_ids["fim_suffix"])
+    excess = max(len(ids) - room, 0)
+    of_prefix = min(excess, at - 1)
+    end = len(ids) - 1 - (excess - of_prefix)
+    return [ids[0], *ids[1 + of_prefix : end], ids[-1]]
+
+
 class Healer:
     """Takes back a prompt's last token, where text that went on would have been cut into tokens elsewhere.
 

@@ -136,6 +136,14 @@ def test_the_generator_keeps_the_order_groups_equal_prompts_and_cuts_long_ones(s
     assert len(set(texts)) > 3 and not any("\n" in text for text in texts)
 
 
+@pytest.mark.parametrize(("prefix", "suffix"), [("p" * 100, "s" * 100), ("p" * 5, "s" * 200), ("p" * 200, "s" * 5)])
+def test_a_prompt_with_a_gap_that_is_cut_still_asks_for_it(shared, prefix, suffix):
+    make = generate.Generator(shared, generation.support.small_config(max_tokens=20, vocab_size=256), [])
+    prompt = make._request(prefix, suffix, [batcher.Completion(0)]).prompt
+    assert (len(prompt), make.num_cut) == (80, 1)
+    assert [token for token in prompt if token > 250] == [251, 252, 253] and (prompt[0], prompt[-1]) == (251, 253)
+
+
 def test_the_best_of_several_are_the_likeliest(shared):
     completions = write(shared, PROMPTS[6], range(8), 10, WARM)
     best = generate.best(completions, 3)

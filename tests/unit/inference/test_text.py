@@ -100,6 +100,23 @@ def test_a_prompt_with_a_gap():
         text.prompt_ids(tokenizer, "ab", "c")
 
 
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "room", "expected"),
+    [
+        ("abcd", "efgh", 11, "<abcd|efgh>"),
+        ("abcd", "efgh", 9, "<cd|efgh>"),
+        ("abcd", "efgh", 7, "<|efgh>"),
+        ("abcd", "efgh", 5, "<|ef>"),
+        ("a", "efghij", 6, "<|efg>"),
+        ("", "efgh", 3, "<|>"),
+    ],
+)
+def test_a_prompt_with_a_gap_keeps_what_asks_for_it(prefix, suffix, room, expected):
+    tokenizer = ByteTokenizer()
+    ids = text.cut_around_gap(tokenizer, text.prompt_ids(tokenizer, prefix, suffix), room)
+    assert "".join({251: "<", 252: "|", 253: ">"}.get(id_, chr(id_)) for id_ in ids) == expected
+
+
 def test_a_last_token_that_text_may_go_on_with_is_left_to_the_model():
     heal = text.Healer(PieceTokenizer(12), 14)
     prompt, again, allowed = heal([3, 0, 1])
