@@ -56,8 +56,6 @@ def _complete(batcher: Batcher, loaded: LoadedModel, prompt: str, write: Callabl
     single = max(config.num_samples, config.best_of) == 1
     before, started = counts.tokens, time.monotonic()
     steps = counts.row_steps
-    if single:
-        write(prompt)
     completions = generate.complete(batcher, config, (prompt, config.suffix), write)
     seconds = time.monotonic() - started
     for number, completion in enumerate(completions if not single else ()):

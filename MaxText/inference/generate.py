@@ -77,14 +77,14 @@ def complete(
     prompt: tuple[str, str],
     on_text: Callable[[str], None],
 ) -> list[Completion]:
-    """The completions of the config's prompt; a single one is told piece by piece.
+    """The completions of the config's prompt; a single one is told piece by piece, after its prompt.
 
     Args:
         prompt: the text before, and after the gap, if there is one.
-        on_text: gets each piece of a single completion.
+        on_text: gets the prompt and each piece of a single completion.
 
     Raises:
-        ValueError: the prompt is empty or too long.
+        ValueError: the prompt is empty, no text or too long.
     """
     count = max(config.num_samples, config.best_of)
 
@@ -96,5 +96,7 @@ def complete(
     max_tokens = max(1, min(config.max_tokens, batcher.context - len(ids)))
     stop = [config.stop] if config.stop else []
     batcher.submit(Request(ids, max_tokens, sampling_of(config), stop, completions, heal=not prompt[1]))
+    if count == 1:
+        on_text(prompt[0])
     batcher.run()
     return best(completions, config.num_samples) if config.best_of > 1 else completions

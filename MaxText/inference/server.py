@@ -208,7 +208,8 @@ def _event(body: dict[str, Any]) -> str:
 
 async def _refuse(_: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, api.Refused)
-    return JSONResponse(error.body(), error.status)
+    # What was given is told in ASCII: it may be no text.
+    return Response(json.dumps(error.body()), error.status, media_type="application/json")
 
 
 def serve(loaded: LoadedModel, name: str, emit: Callable[[str], None]) -> None:

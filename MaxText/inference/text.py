@@ -19,10 +19,15 @@ def prompt_ids(tokenizer: Tokenizer, text: str, suffix: str) -> list[int]:
     """The tokens of a prompt; with a suffix, of one that asks for what stands between the two.
 
     Raises:
-        ValueError: there is no text at all, or a suffix but no tokens to ask with.
+        ValueError: there is no text at all, halves of characters, or a suffix but no tokens to ask with.
 
     Source: the order prefix, suffix, middle: Bavarian et al. 2022, arXiv:2207.14255, section 3.
     """
+    try:
+        (text + suffix).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{half!r} is no character, as prompts and suffixes are made of; leave it out") from None
     if not suffix:
         if not text:
             raise ValueError("the prompt is empty; give at least one character to go on with")

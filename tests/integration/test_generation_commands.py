@@ -116,6 +116,7 @@ def test_decode_takes_a_config_a_checkpoint_and_typed_prompts(run, capsys, monke
         (["{run}", "prompt=x", "base_mlp_dim=96"], 1, "base_mlp_dim: 128 there, 96 here"),
         (["{run}", "prompt=x", "speculative_tokens=2"], 2, "use speculative_tokens=1"),
         (["{run}", "prompt=" + "x" * 400], 1, "the length the model reads"),
+        (["{run}", "prompt=a\udcff"], 1, "'\\udcff' is no character"),
         (["{run}/nowhere", "prompt=x"], 1, "is no run"),
         (["{run}", "prompt=x", "y"], 1, "settings are written key=value"),
         (["{run}", "prompt=x", "ici_data_parallelism=3", "ici_fsdp_parallelism=5"], 2, "ici_fsdp_parallelism=5"),
