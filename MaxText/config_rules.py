@@ -201,6 +201,11 @@ def _yarn(values: Values, _: Values) -> Iterator[str]:
             f"rope_factor={factor} with max_target_length={length}: nothing lies beyond the trained length, "
             f"original_max_position_embeddings={trained}; use rope_factor=1, or give the length trained before"
         )
+    if factor not in (1, 0) and trained < length and factor * trained < length:
+        yield (
+            f"rope_factor={factor} stretches original_max_position_embeddings={trained} to {factor * trained:,.0f}, "
+            f"less than max_target_length={length}; use rope_factor={-(-length // trained)}"
+        )
     if values["beta_fast"] <= values["beta_slow"]:
         given = f"beta_fast={values['beta_fast']} and beta_slow={values['beta_slow']}"
         yield f"{given}: fast frequencies make more turns than slow ones; use beta_fast=32 beta_slow=1"

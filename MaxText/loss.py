@@ -68,7 +68,8 @@ def evaluation_sums(
 ) -> Sums:
     """Negative log-likelihoods in nats and the tokens they are of, for the next token and for those further ahead.
 
-    `mtp_accepted` counts the tokens ahead that greedy decoding would draft as the next-token head then chooses them.
+    `mtp_accepted` counts the tokens ahead that greedy decoding would draft as the next-token head then chooses them, up
+    to the first that it does not.
     """
     hidden, unembedding, targets, counted = _heads(config, model, params, batch, head_dtype)
     options = _options(config)
@@ -79,13 +80,13 @@ def evaluation_sums(
     sums = {"nll": nll_sums[0], "total_weights": jnp.sum(counted[:, 0])}
     if config.mtp_num_layers:
         chosen = cross_entropy.greedy(_flat(hidden), unembedding, options).reshape(counted.shape)
-        same = [
-            chosen[:, k] == multi_token_prediction.shifted(chosen[:, 0], k) for k in range(1, config.mtp_num_layers + 1)
-        ]
+        ahead = range(1, config.mtp_num_layers + 1)
+        same = [chosen[:, k] == multi_token_prediction.shifted(chosen[:, 0], k) for k in ahead]
+        accepted = jnp.cumprod(jnp.stack(same, axis=1).astype(counted.dtype), axis=1)
         sums |= {
             "mtp_nll": jnp.sum(nll_sums[1:]),
             "mtp_weights": jnp.sum(counted[:, 1:]),
-            "mtp_accepted": jnp.sum(counted[:, 1:] * jnp.stack(same, axis=1)),
+            "mtp_accepted": jnp.sum(counted[:, 1:] * accepted),
         }
     return sums
 

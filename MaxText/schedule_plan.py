@@ -91,7 +91,7 @@ def epoch_ends(steps: int, global_batch_size: int, num_windows: int) -> list[int
 def _branch_end(config: FrozenConfigDict) -> int:
     """The last step of a run of which the steps from the branch's first on are the share that decays."""
     start, fraction = config.branch_decay_from, config.wsd_decay_steps_fraction
-    return start + max(1, round(start * fraction / (1 - fraction)))
+    return start + max(1, math.floor(start * fraction / (1 - fraction) + 1e-6))  # no step more than the run itself
 
 
 def _branch(config: FrozenConfigDict) -> tuple[dict[str, Any], str]:

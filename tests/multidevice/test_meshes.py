@@ -13,7 +13,7 @@ from tests import support
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 STEPS = 20
 PYTHONLM = {"attention_type": "differential", "base_num_kv_heads": 4, "logits_via_embedding": False}
-PYTHONLM |= {"mtp_num_layers": 2, "mtp_transformer_block": False, "dropout_rate": 0.2}
+PYTHONLM |= {"mtp_num_layers": 2, "mtp_transformer_block": True, "dropout_rate": 0.2, "initializer_range": 0.3}
 
 
 def config_of(**keys):
@@ -69,7 +69,10 @@ def test_muon_does_not_depend_on_the_mesh(mesh):
     ("mesh", "accumulation", "keys"),
     [
         *((mesh, accumulation, {}) for mesh in MESHES for accumulation in (1, 4)),
-        *((mesh, accumulation, PYTHONLM) for mesh, accumulation in [((1, 1, 1), 4), ((2, 2, 2), 1), ((1, 8, 1), 4)]),
+        *(
+            (mesh, accumulation, PYTHONLM)
+            for mesh, accumulation in [((1, 1, 1), 4), ((2, 2, 2), 1), ((1, 8, 1), 4), ((8, 1, 1), 4)]
+        ),
     ],
     ids=str,
 )
@@ -96,7 +99,8 @@ def test_gradients_are_the_same(mesh, accumulation, keys):
         return jax.tree.map(lambda g: np.asarray(g) / float(sums["total_weights"]), total)
 
     want, got = gradients((1, 1, 1), 1), gradients(mesh, accumulation)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    # Of each leaf by its own size: a lambda's gradient is small.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-4 * np.abs(b).max()), got, want)
 
 
 def test_one_key_value_head_is_replicated_on_purpose_and_several_are_split():

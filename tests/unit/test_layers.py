@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from MaxText import train_step
 from MaxText.kernels.attention_reference import attention_reference
-from MaxText.layers import rope
+from MaxText.layers import dropout, rope
 from MaxText.layers.attention import Attention
 from MaxText.layers.differential_attention import DifferentialAttentionV2
 from tests import support
@@ -72,7 +73,10 @@ def test_yarn_has_the_tables_of_transformers(factor, head_dim, max_timescale):
         rope_parameters=parameters | {"rope_theta": max_timescale},
     )
     positions = np.arange(0, 8192, 37)[None]
-    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    rotary_of_theirs = LlamaRotaryEmbedding(config)
+    frequencies = rotary(head_dim, factor, max_timescale).frequencies()
+    np.testing.assert_allclose(rotary_of_theirs.inv_freq.numpy(), frequencies, rtol=1e-6)
+    theirs = rotary_of_theirs(torch.zeros(1), torch.tensor(positions))
     # As a user compiles it: without optimization, as the tests are, XLA's powers are less exact.
     tables = jax.jit(rotary(head_dim, factor, max_timescale).tables, compiler_options=OPTIMIZED)
     ours = tables(jnp.asarray(positions))
@@ -87,3 +91,33 @@ def test_yarn_of_factor_one_is_the_identity():
     for one, other in zip(stretched.tables(positions), plain.tables(positions), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(stretched.tables(positions)[0][0, :, 0], np.cos(np.arange(100)), atol=1e-5)
+
+
+def test_dropout_drops_its_share_with_a_mask_for_each_row_place_and_step():
+    x = jnp.ones((8, 32, 64))
+
+    def dropped(step: int, place: int) -> np.ndarray:
+        return np.asarray(dropout.dropout(x, 0.2, dropout.row_keys(0, jnp.array(step), 8), place))
+
+    one = dropped(step=3, place=1)
+    assert set(np.unique(one)) == {0.0, np.float32(1.25)}
+    np.testing.assert_allclose((one == 0).mean(axis=(1, 2)), 0.2, atol=0.05)  # 2,048 draws: 5.6 standard deviations
+    np.testing.assert_array_equal(one, dropped(step=3, place=1))
+    masks = [one, dropped(step=4, place=1), dropped(step=3, place=2)]
+    rows = np.concatenate([mask.reshape(8, -1) for mask in masks])
+    assert len(np.unique(rows, axis=0)) == 24
+    assert dropout.dropout(x, 0.2, None, 1) is x
+
+
+def test_training_drops_and_evaluating_does_not():
+    evaluated, trained = [], []
+    for config in (support.small_config(dropout_rate=0.5), support.small_config()):
+        trainer = support.Trainer(config, support.mesh_of())
+        evaluate = train_step.make_eval_step(config, trainer.model, trainer.abstract, trainer.mesh)
+        batch = support.packed_batch(config, rows=4, seed=0)
+        with jax.set_mesh(trainer.mesh):
+            sums = evaluate(trainer.state.params, batch, jnp.zeros(config.vocab_size, jnp.int32))
+        evaluated.append(float(sums["nll"]))
+        trained.append(trainer(batch)["learning/loss"])
+    assert evaluated[0] == evaluated[1]
+    assert abs(trained[0] - trained[1]) > 1e-4

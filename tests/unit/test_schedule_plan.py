@@ -59,6 +59,14 @@ def test_a_branch_is_the_end_of_a_run_that_long():
         settled(**WSD, steps=2000, branch_decay_from=1900)
 
 
+def test_a_branch_from_the_last_stable_step_is_no_longer_than_the_run():
+    keys = WSD | {"steps": "auto", "num_epoch": 4, "dataset_type": "embedded"}
+    for windows in range(16 * 700, 16 * 760, 16):  # 700 steps and more
+        whole, _ = settled(windows, **keys)
+        branch, _ = settled(windows, **keys, branch_decay_from=schedule_plan.phases(whole)[1])
+        assert whole.steps - 1 <= branch.steps <= whole.steps
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

@@ -1,11 +1,16 @@
 """Requests that come and go: each gets its own text, nothing is compiled twice, and every end is the right one."""
 
+import email
+import itertools
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from MaxText.inference import batcher, generate
-from tests import generation
+from MaxText.inference import api, batcher, generate
+from MaxText.input_pipeline import tokenizer
+from tests import generation, support
 from tests.generation import GREEDY, WARM, write
 
 
@@ -149,6 +154,40 @@ def test_the_best_of_several_are_the_likeliest(shared):
     best = generate.best(completions, 3)
     means = [c.log_probability / max(len(c.tokens), 1) for c in completions]
     assert [c.log_probability / max(len(c.tokens), 1) for c in best] == sorted(means, reverse=True)[:3]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A byte-level BPE, which joins a colon with the newline and the indentation after it."""
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer.train([file.read_text() for file in Path(email.__file__).parent.glob("*.py")], 700, folder)
+    return tokenizer.load(str(folder))
+
+
+def test_a_last_token_that_is_taken_back_is_counted_with_the_prompt(words):
+    """What the first token repeats is in no text, no log-probability's piece, no offset, and costs no token."""
+    made = generation.make_batcher(tokenizer=words, vocab_size=700)
+    config, prompt, again = support.small_config(vocab_size=700), "def f(self):", "):"
+    ids = words.encode([prompt])[0]
+    assert words.decode(ids[-1:]) == again
+    firsts = set()
+    for seed, max_tokens in itertools.product(range(40), (1, 3)):
+        body = {"prompt": prompt, "seed": seed, "max_tokens": max_tokens, "logprobs": 5, "temperature": 9, "top_p": 1}
+        asked = api.parse(body, config, words, "m")
+        made.submit(asked.requests[0])
+        made.run()
+        answer = api.Answers.to(asked, "m", words).whole()
+        (choice,), logprobs = answer["choices"], answer["choices"][0]["logprobs"]
+        count = answer["usage"]["completion_tokens"]
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert count == len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"])
+        assert count == max_tokens or choice["finish_reason"] == "stop"
+        if "\ufffd" not in choice["text"]:  # part of a character
+            assert "".join(logprobs["tokens"]) == choice["text"]
+            assert logprobs["text_offset"] == list(itertools.accumulate(map(len, logprobs["tokens"]), initial=0))[:-1]
+        assert count == 0 or logprobs["tokens"][0]
+        firsts.add(asked.requests[0].completions[0].repeated)
+    assert firsts == {0, len(again)}
 
 
 def test_rows_must_fit_the_mesh():
