@@ -34,7 +34,7 @@ class ByteTokenizer:
         raise NotImplementedError
 
 
-def make_batcher(num_rows=4, num_guesses=0, context=100, seed=0, mesh=None, **keys) -> batcher.Batcher:
+def make_batcher(num_rows=4, num_guesses=0, context=100, seed=0, mesh=None, tokenizer=None, **keys) -> batcher.Batcher:
     """Around a small model with random weights, larger than usual, so that its texts are no constants."""
     keys = {"vocab_size": 256, "initializer_range": 0.5, "base_num_kv_heads": 2, "max_target_length": 128} | keys
     config = support.small_config(**keys)
@@ -44,7 +44,8 @@ def make_batcher(num_rows=4, num_guesses=0, context=100, seed=0, mesh=None, **ke
         places = jax.tree.map(lambda leaf: leaf.sharding, weights.abstract_params(config, made.model, mesh))
         params = jax.jit(lambda key: models.initial_params(config, key), out_shardings=places)(jax.random.key(seed))
         cut = weights.unstacked(params)
-    return batcher.Batcher(made, cut, ByteTokenizer(config.vocab_size), num_rows=num_rows, context=context)
+    words = tokenizer or ByteTokenizer(config.vocab_size)
+    return batcher.Batcher(made, cut, words, num_rows=num_rows, context=context)
 
 
 def write(made: batcher.Batcher, prompt, seeds, max_tokens=12, sampling=GREEDY, stop=()) -> list[batcher.Completion]:

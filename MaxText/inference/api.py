@@ -213,13 +213,17 @@ class Answers:
     def _logprobs(self, completion: Completion, begin: int, end: int) -> dict[str, Any]:
         if self.asked.logprobs is None:
             return {"logprobs": None}
-        tokens = [self.tokenizer.decode([token]) for token in completion.tokens[:end]]
+
+        def piece(place: int, token: int) -> str:
+            return self.tokenizer.decode([token])[0 if place else completion.repeated :]
+
+        tokens = list(itertools.starmap(piece, enumerate(completion.tokens[:end])))
         offsets = list(itertools.accumulate(map(len, tokens), initial=0))
         likeliest = None
         if self.asked.logprobs:
             likeliest = [
-                {self.tokenizer.decode([token]): value for token, value in list(each.items())[: self.asked.logprobs]}
-                for each in completion.alternatives[begin:end]
+                {piece(place, token): value for token, value in list(each.items())[: self.asked.logprobs]}
+                for place, each in enumerate(completion.alternatives[begin:end], begin)
             ]
         found = {"token_logprobs": completion.log_probabilities[begin:end], "top_logprobs": likeliest}
         return {"logprobs": found | {"tokens": tokens[begin:], "text_offset": offsets[begin:-1]}}

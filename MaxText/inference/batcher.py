@@ -42,6 +42,7 @@ class Completion:
         finish_reason: "" while it grows; then "stop" (end of text or a stop string), "length" or "cancelled".
         log_probability: the sum over its tokens, the end of text included; nats.
         alternatives: for each token the likeliest ones with their log-probabilities, if the request wants them.
+        repeated: characters of the prompt that the first token writes again; they are no part of the text.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class Completion:
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
     log_probability: float = 0.0
+    repeated: int = 0
     growing: text.GrowingText | None = None
 
     @property
@@ -64,7 +66,9 @@ class Request:
     """A prompt and the completions wanted of it.
 
     Attributes:
-        heal: whether the prompt's last token may be taken back; see text.Healer. Then `allowed` is set by the batcher.
+        heal: whether the prompt's last token may be taken back; see text.Healer.
+        read, again, allowed: what the batcher makes of that: the tokens to read, the text to be written again, and
+            the tokens that begin with it; None = any may be first.
     """
 
     prompt: Sequence[int]
@@ -74,6 +78,8 @@ class Request:
     completions: Sequence[Completion]
     with_alternatives: bool = False
     heal: bool = False
+    read: Sequence[int] = ()
+    again: str = ""
     allowed: np.ndarray | None = None
     cancelled: bool = False
 
@@ -85,6 +91,7 @@ class _Row:
     request: Request
     completion: Completion
     length: int  # tokens in its memories
+    again: str  # what its next token writes again of the prompt
 
 
 @dataclasses.dataclass
@@ -136,11 +143,11 @@ class Batcher:
             ValueError: prompt and completion are longer than the context.
         """
         self.check(request)
-        again = ""
+        request.read = request.prompt
         if request.heal:
-            request.prompt, again, request.allowed = self._heal(request.prompt)
+            request.read, request.again, request.allowed = self._heal(request.prompt)
         for completion in request.completions:
-            completion.growing = text.GrowingText(self.tokenizer, request.prompt, request.stop, again)
+            completion.growing = text.GrowingText(self.tokenizer, request.read, request.stop, request.again)
         with self._lock:
             self._waiting.append((request, collections.deque(request.completions)))
 
@@ -216,11 +223,11 @@ class Batcher:
             if row is None and (next_one := self._next_completion()) is not None:
                 request, completion = next_one
                 if self._read is None or self._read[0] is not request:
-                    self._read = (request, self._read_prompt(request.prompt))
-                    self.counts.prompt_tokens += len(request.prompt)
-                self._make_room(len(request.prompt))
-                self._rows = self._place(self._rows, self._read[1], index, request.prompt, request, completion.seed)
-                self._working[index] = _Row(request, completion, len(request.prompt) - 1)
+                    self._read = (request, self._read_prompt(request.read))
+                    self.counts.prompt_tokens += len(request.read)
+                self._make_room(len(request.read))
+                self._rows = self._place(self._rows, self._read[1], index, request.read, request, completion.seed)
+                self._working[index] = _Row(request, completion, len(request.read) - 1, request.again)
         if not self.num_waiting:
             self._read = None  # its memories are freed
 
@@ -301,14 +308,21 @@ class Batcher:
         completion, growing = row.completion, row.completion.growing
         assert growing is not None
         token, log_probability = int(written.tokens[at]), float(written.log_probabilities[at])
+        again, row.again = row.again, ""
+        if again and token == row.request.prompt[-1]:  # it stays the prompt's
+            growing.add(token)
+            return False
         completion.log_probability += log_probability
         if token == self.tokenizer.eos_id:
             return self._end(completion, "stop")
+        completion.repeated += len(again)
         completion.tokens.append(token)
         completion.log_probabilities.append(log_probability)
         if row.request.with_alternatives:
             ids, values = written.alternatives
-            completion.alternatives.append(dict(zip(ids[at].tolist(), values[at].tolist(), strict=True)))
+            likeliest = zip(ids[at].tolist(), values[at].tolist(), strict=True)
+            fits = row.request.allowed if again else None
+            completion.alternatives.append({id_: value for id_, value in likeliest if fits is None or fits[id_]})
         piece = growing.add(token)
         if growing.stopped or len(completion.tokens) == row.request.max_tokens:
             return self._end(completion, "stop" if growing.stopped else "length", piece)
