@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from MaxText import batch_feed
+from MaxText import batch_feed, checkpoint_manifest
 from tests.faults import training
 
 
@@ -42,3 +42,28 @@ def test_the_account_is_within_a_hundredth_of_the_stopwatch(tmp_path, monkeypatc
     assert spent["data wait"] == pytest.approx(waited, abs=hundredth)
     assert spent["not running"] == pytest.approx(paused, abs=hundredth)
     assert share / 100 * total + sum(spent.values()) == pytest.approx(total, abs=0.5)
+
+
+def test_a_slow_disk_delays_no_step_and_the_wait_for_it_is_accounted(tmp_path, monkeypatch):
+    """Every checkpoint takes three seconds more: the one after step 4 is written while steps 5 to 7 are taken."""
+    real, written = checkpoint_manifest.write, []
+
+    def slowly(*args):
+        time.sleep(3)
+        written.append(time.perf_counter())
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint_manifest, "write", slowly)
+    reported = {}
+
+    def listen(line):
+        if match := re.match(r"completed step: (\d+),", line):
+            reported[int(match[1])] = time.perf_counter()
+
+    console = training.Lines(listen)
+    assert training.train(tmp_path, console, checkpoint_period=4, steps=8, max_num_checkpoints_to_keep=1) == 0
+    assert reported[7] < written[0] and reported[7] - reported[4] < 1.5
+    (line,) = [line for line in console.lines if line.startswith("Goodput: ")]
+    saving = float(re.search(r"; .*save ([\d.]+) s", line)[1])
+    assert 3 < saving < 3 + 3 + 3
+    assert training.saved_steps(tmp_path) == [8]
