@@ -19,12 +19,15 @@ from MaxText import checkpointing, job
 from MaxText.evaluation import grading, held_out, humaneval, infilling, mbpp, sandbox, score_report
 from MaxText.inference import generate, runs
 from MaxText.input_pipeline import embedded, loader
-from MaxText.input_pipeline.token_blocks import TokenBlockReader
+from MaxText.input_pipeline.token_blocks import MANIFEST, TokenBlockReader
+from MaxText.input_pipeline.token_dataset import parse_mixture
 from MaxText.input_pipeline.tokenizer import Tokenizer, num_token_ids
 
 Log = Callable[[str], None]
 CONTEXT_CHARACTERS = 1500  # of the text on each side of a gap
 CALLS_OF_ROWS = 8  # prompts asked for at once, in batches of rows: few idle rows at the end, much to resume from
+# What a manifest calls the problems of a task that data may have been compared with.
+BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 # What decides the scores besides the data and the checkpoint.
 _MODEL_SETTINGS = ("max_target_length", "rope_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _MODEL_SETTINGS += ("dtype", "matmul_precision")
@@ -44,8 +47,8 @@ def evaluate(run: runs.TrainedRun, log: Log) -> list[dict[str, Any]]:
         config = run.config(newest, with_data=True)
     steps = chosen_steps(run, config.checkpoints)
     log(f"{run.directory}: {config.task} of {len(steps)} checkpoints: {', '.join(map(str, steps))}")
-    if config.task != "heldout":
-        log(decontamination(run.info(newest)["config"]))
+    if config.task in BENCHMARKS:
+        log(decontamination(run.info(newest)["config"], BENCHMARKS[config.task]))
     score = (_HeldOut if config.task == "heldout" else _Sampled)(run, config, log)
     directory = _directory(run, config.task, score.settings)
     for step in steps:
@@ -132,16 +135,17 @@ def held_out_texts(config: FrozenConfigDict, tokenizer: Tokenizer) -> list[str]:
     return texts
 
 
-def decontamination(saved: Mapping[str, Any]) -> str:
-    """Whether the training data was cleaned of the benchmarks, as far as its manifest tells."""
-    path = Path(saved["grain_train_files"]) / "manifest.json"
-    if saved["dataset_type"] != "grain" or not path.is_file():
-        return "decontamination: the training data was not compared with any benchmark"
-    dropped = json.loads(path.read_text()).get("dropped", {})
-    found = {reason: count for reason, count in dropped.items() if "contamin" in reason or "benchmark" in reason}
-    if not found:
-        return "decontamination: the training data's manifest says nothing of benchmarks"
-    return "decontamination: " + ", ".join(f"{reason} {count:,}" for reason, count in found.items())
+def decontamination(saved: Mapping[str, Any], benchmark: str) -> str:
+    """Whether the training data was cleaned of the benchmark, as far as its manifests tell."""
+    if saved["dataset_type"] != "grain":
+        return f"decontamination: the training data was not compared with {benchmark}"
+    told = []
+    for directory, _ in parse_mixture(saved["grain_train_files"]):
+        path = Path(directory).expanduser() / MANIFEST
+        compared = json.loads(path.read_text())["preparation"].get("benchmarks", {}) if path.is_file() else {}
+        found = f"{compared[benchmark]:,} documents left out" if benchmark in compared else "not known to be compared"
+        told.append(f"{directory} with {benchmark}: {found}")
+    return f"decontamination: {'; '.join(told)}"
 
 
 class _Sampled:

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
         if _run(workplace, "encode", sizes, engine, workers, log):
             return 1
         _delete_half_written(workplace)
-        report = _finish(workplace, units, settings, encoder, dropped, digest)
+        report = _finish(workplace, units, settings, benchmarks, encoder, dropped, digest)
         shutil.rmtree(workplace.folder)
     for line in _closing(report, out, time.monotonic() - started):
         log(line)
@@ -91,7 +91,10 @@ def prepare(config: FrozenConfigDict, log: Log) -> int:
 
 
 def read_benchmarks(names: str) -> dict[str, str]:
-    """The problems that no document may hold: `humaneval`, and files of problems, separated by commas.
+    """The problems that no document may hold, by <benchmark>/<problem>.
+
+    Args:
+        names: `humaneval`, and files of problems, separated by commas.
 
     Raises:
         ValueError: there is no such file, or it holds no problems.
@@ -282,6 +285,7 @@ def _finish(
     workplace: Workplace,
     units: Sequence[inputs.Unit],
     settings: Settings,
+    benchmarks: Iterable[str],
     encoder: tokenizer.Tokenizer,
     chosen_dropped: dict[str, int],
     digest: str,
@@ -292,6 +296,8 @@ def _finish(
         name: sum((Counter(scan[name]) for scan in scans), Counter()) for name in ("dropped", "tagged", "bad", "totals")
     }
     counts["dropped"] += Counter(chosen_dropped)
+    hits = [hit for scan in scans for hit in scan["hits"]]
+    compared = _documents_by_benchmark(benchmarks, hits)
     encoded = [json.loads(workplace.done("encode", unit.number).read_text()) for unit in units]
     place = f"{units[0].kind}:{units[0].place}" if units[0].place else units[0].kind
     by = "repository" if settings.repositories else "text"
@@ -320,6 +326,7 @@ def _finish(
             source=place,
             preparation={
                 "settings": dataclasses.asdict(settings),
+                "benchmarks": compared,
                 "tagged": dict(sorted(counts["tagged"].items())),
                 "bad": dict(sorted(counts["bad"].items())),
                 "totals": dict(sorted(counts["totals"].items())),
@@ -332,11 +339,18 @@ def _finish(
         "documents": {part: manifest.documents for part, manifest in manifests.items()},
         "tokens": {part: manifest.tokens for part, manifest in manifests.items()},
         "source_bytes": {part: manifest.source_bytes for part, manifest in manifests.items()},
-        "hits": [hit for scan in scans for hit in scan["hits"]],
+        "hits": hits,
         "bad_records": [bad for scan in scans for bad in scan["bad_records"]],
     }
     workplace.write_json(workplace.out / REPORT, report)
     return report
+
+
+def _documents_by_benchmark(problems: Iterable[str], hits: Iterable[dict[str, str]]) -> dict[str, int]:
+    """How many documents were left out for holding a piece of each benchmark that they were compared with."""
+    found = {(hit["problem"].partition("/")[0], hit["location"]) for hit in hits}
+    counts = Counter(benchmark for benchmark, _ in found)
+    return {benchmark: counts[benchmark] for benchmark in sorted({name.partition("/")[0] for name in problems})}
 
 
 def _closing(report: dict[str, Any], out: Path, seconds: float) -> Iterator[str]:

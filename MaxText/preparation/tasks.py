@@ -22,7 +22,7 @@ from MaxText.input_pipeline import filters, readers, token_blocks, tokenizer
 from MaxText.input_pipeline.inputs import Unit
 from MaxText.preparation import credentials, decontamination, near_duplicates
 
-VERSION = 2  # of everything here that decides what ends up on the disk
+VERSION = 3  # of everything here that decides what ends up on the disk
 NAMED_BAD_RECORDS = 1000  # of one unit; all are counted
 ENCODE_BYTES = 2**20  # text encoded by one call
 REPORT_BYTES = 2**20

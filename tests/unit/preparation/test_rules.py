@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from MaxText.evaluation import checkpoints
 from MaxText.input_pipeline import filters
 from MaxText.preparation import credentials, decontamination, near_duplicates, preparing
 
@@ -211,6 +212,30 @@ def test_a_document_with_a_problem_of_mbpp_is_dropped_and_told(texts, prepare, t
     assert prepare(source=f"dir:{tmp_path}/source", decontaminate=f"humaneval,{tmp_path}/mbpp.jsonl")[0] == 0
     (hit,) = json.loads((tmp_path / "out/report.json").read_text())["hits"]
     assert hit["problem"] == "MBPP/11" and hit["location"].endswith("answers.py")
+
+
+def test_the_manifest_says_what_the_data_was_compared_with(texts, prepare, tmp_path):
+    """So that an evaluation can tell clean data from data that nobody looked at."""
+    (tmp_path / "source").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / f"source/{number:03d}.py").write_text(text)
+    problem = next(iter(preparing.read_benchmarks("humaneval").values()))
+    task = {"text": "Never seen.", "code": "def f(): pass", "test_list": ["assert f() is None"], "task_id": 11}
+    (tmp_path / "mbpp.jsonl").write_text(json.dumps(task) + "\n")
+    (tmp_path / "source/bench.py").write_text(CODE + problem)
+    settings = {"source": f"dir:{tmp_path}/source"}
+    assert prepare(**settings, decontaminate=f"humaneval,{tmp_path}/mbpp.jsonl")[0] == 0
+    assert prepare(**settings, out=tmp_path / "other")[0] == 0
+    manifest = json.loads((tmp_path / "out/train/manifest.json").read_text())
+    assert manifest["preparation"]["benchmarks"] == {"HumanEval": 1, "MBPP": 0}
+
+    def told(files, benchmark):
+        return checkpoints.decontamination({"dataset_type": "grain", "grain_train_files": files}, benchmark)
+
+    out, other = str(tmp_path / "out/train"), str(tmp_path / "other/train")
+    assert told(out, "HumanEval").endswith("with HumanEval: 1 documents left out")
+    assert told(out, "MBPP").endswith("with MBPP: 0 documents left out")
+    assert told(f"{out},1;{other},1", "MBPP").endswith(f"; {other} with MBPP: not known to be compared")
 
 
 def test_runs_of_few_different_words_do_not_count():
