@@ -39,6 +39,7 @@ class Completion:
 
     Attributes:
         on_text: gets every piece of text, and the completion; the last time with a `finish_reason`.
+        ended: whether the end of text was written, whose log-probability counts as a token's.
         finish_reason: "" while it grows; then "stop" (end of text or a stop string), "length" or "cancelled".
         log_probability: the sum over its tokens, the end of text included; nats.
         alternatives: for each token the likeliest ones with their log-probabilities, if the request wants them.
@@ -52,6 +53,7 @@ class Completion:
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
     alternatives: list[dict[int, float]] = dataclasses.field(default_factory=list)
     log_probability: float = 0.0
+    ended: bool = False
     repeated: int = 0
     growing: text.GrowingText | None = None
 
@@ -59,6 +61,11 @@ class Completion:
     def text(self) -> str:
         """What is written so far."""
         return self.growing.text if self.growing else ""
+
+    @property
+    def mean_log_probability(self) -> float:
+        """Of a token, the end of text included; 0 where there is none."""
+        return self.log_probability / max(len(self.tokens) + self.ended, 1)
 
 
 @dataclasses.dataclass(eq=False)
@@ -313,7 +320,8 @@ class Batcher:
             growing.add(token)
             return False
         completion.log_probability += log_probability
-        if token == self.tokenizer.eos_id:
+        completion.ended = token == self.tokenizer.eos_id
+        if completion.ended:
             return self._end(completion, "stop")
         completion.repeated += len(again)
         completion.tokens.append(token)

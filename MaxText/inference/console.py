@@ -59,7 +59,7 @@ def _complete(batcher: Batcher, loaded: LoadedModel, prompt: str, write: Callabl
     completions = generate.complete(batcher, config, (prompt, config.suffix), write)
     seconds = time.monotonic() - started
     for number, completion in enumerate(completions if not single else ()):
-        mean = completion.log_probability / max(len(completion.tokens), 1)
+        mean = completion.mean_log_probability
         write(f"--- {number + 1} of {len(completions)}, mean log-probability {mean:.3f}\n{prompt}{completion.text}\n")
     tokens, steps = counts.tokens - before, counts.row_steps - steps
     guessed = f", {tokens / steps:.2f} tokens a step" if config.speculative_tokens and steps else ""

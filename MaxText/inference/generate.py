@@ -64,11 +64,7 @@ class Generator:
 
 def best(completions: Sequence[Completion], count: int) -> list[Completion]:
     """The `count` completions with the highest mean log-probability of a token, the best first."""
-
-    def mean(completion: Completion) -> float:
-        return completion.log_probability / max(len(completion.tokens), 1)
-
-    return sorted(completions, key=mean, reverse=True)[:count]
+    return sorted(completions, key=lambda completion: completion.mean_log_probability, reverse=True)[:count]
 
 
 def complete(

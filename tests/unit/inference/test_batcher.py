@@ -149,11 +149,18 @@ def test_a_prompt_with_a_gap_that_is_cut_still_asks_for_it(shared, prefix, suffi
     assert [token for token in prompt if token > 250] == [251, 252, 253] and (prompt[0], prompt[-1]) == (251, 253)
 
 
-def test_the_best_of_several_are_the_likeliest(shared):
-    completions = write(shared, PROMPTS[6], range(8), 10, WARM)
-    best = generate.best(completions, 3)
-    means = [c.log_probability / max(len(c.tokens), 1) for c in completions]
-    assert [c.log_probability / max(len(c.tokens), 1) for c in best] == sorted(means, reverse=True)[:3]
+def test_the_best_of_several_are_the_likeliest_the_end_counted_as_a_token(shared):
+    long, ended, cut = (batcher.Completion(seed) for seed in range(3))
+    long.tokens, long.log_probability = [5] * 40, -44.0
+    ended.tokens, ended.log_probability, ended.ended = [5, 5], -3.0, True
+    cut.tokens, cut.log_probability = [5, 5], -2.6
+    assert generate.best([long, cut, ended], 2) == [ended, long]
+    assert generate.best([batcher.Completion(0)], 1)[0].mean_log_probability == 0
+    completions = [c for seed in range(40) for c in write(shared, [9], [seed], 60, WARM)]
+    for completion in completions:
+        end = completion.log_probability - sum(completion.log_probabilities)
+        assert completion.ended == (end < -1e-6) == (completion.finish_reason == "stop")
+    assert {completion.ended for completion in completions} == {True, False}
 
 
 @pytest.fixture(scope="module")
