@@ -21,7 +21,7 @@ from MaxText.input_pipeline import tokenizer
 from MaxText.input_pipeline.token_blocks import file_sha256
 from MaxText.train_state import TrainState
 
-_MESH = dict.fromkeys(config_rules.MESH_KEYS, "1")
+_MESH = dict.fromkeys((*config_rules.MESH_KEYS, *config_rules.SLICE_KEYS), "1")
 
 
 @dataclasses.dataclass(frozen=True)

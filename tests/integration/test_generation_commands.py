@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from MaxText import checkpoint_manifest, decode, evaluate
+from MaxText.inference import runs
 from MaxText.input_pipeline import token_blocks, tokenizer
 from tests import support
 
@@ -106,6 +107,18 @@ def test_decode_takes_a_config_a_checkpoint_and_typed_prompts(run, capsys, monke
     )
     means = [float(mean) for mean in re.findall(r"of 2, mean log-probability (-[\d.]+)", out)]
     assert len(means) == 2 and means[0] >= means[1]
+
+
+def test_a_run_of_two_slices_is_decoded_on_one_device(run, capsys, monkeypatch):
+    info = runs.TrainedRun.info
+
+    def of_slices(self, step):
+        saved = info(self, step)
+        return saved | {"config": saved["config"] | {"dcn_data_parallelism": 2, "ici_fsdp_parallelism": 4}}
+
+    monkeypatch.setattr(runs.TrainedRun, "info", of_slices)
+    code, out, err = command(capsys, decode, run, "prompt=def shout", "temperature=0", "max_tokens=40")
+    assert code == 0 and "return text.upper()" in out, err
 
 
 @pytest.mark.parametrize(
