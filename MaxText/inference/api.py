@@ -33,7 +33,8 @@ class Refused(ValueError):
 
     def body(self) -> dict[str, Any]:
         """As OpenAI's clients expect errors."""
-        return {"error": {"message": str(self), "type": "invalid_request_error", "param": self.field, "code": None}}
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.field, "code": None}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,6 @@ def parse(body: Any, config: FrozenConfigDict, tokenizer: Tokenizer, model: str)
         float(take("min_p", default.min_p, number, lambda v: 0 <= v <= 1, "from 0 to 1")),
     )
     seed = take("seed", None, int, lambda v: abs(v) < 2**63, "a whole number of 64 bits")
-    seed = random.getrandbits(32) if seed is None else seed
     logprobs = take("logprobs", None, int, lambda v: 0 <= v <= TOP_LOGPROBS, f"from 0 to {TOP_LOGPROBS}")
     stream = take("stream", False, bool, lambda _: True, "true or false")
     options = take("stream_options", {}, dict, lambda _: True, "an object")
@@ -106,17 +106,18 @@ def parse(body: Any, config: FrozenConfigDict, tokenizer: Tokenizer, model: str)
     fields.pop("user", None)
     if fields:
         raise Refused(f"unknown field {', '.join(map(_short, fields))}", next(iter(fields)))
+    seeds = (random.getrandbits(32) if seed is None else seed for _ in prompts)
     requests = tuple(
         Request(
             prompt=ids,
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
-            completions=[Completion(seed + i) for i in range(written)],
+            completions=[Completion(first + i) for i in range(written)],
             with_alternatives=bool(logprobs),
             heal=is_text and not suffix,
         )
-        for ids, is_text in prompts
+        for (ids, is_text), first in zip(prompts, seeds, strict=True)
     )
     return Asked(requests, shown, stream, bool(options.get("include_usage")), logprobs)
 
@@ -144,6 +145,10 @@ def _prompts(value: Any, suffix: str, tokenizer: Tokenizer, num_ids: int) -> lis
     if not given or len(given) > MAX_COMPLETIONS or not all(isinstance(x, str) or is_tokens(x) for x in given):
         rule = f"text, tokens below {num_ids}, or a list of at most {MAX_COMPLETIONS} of either"
         raise Refused(f"prompt={_short(value)}: must be {rule}", "prompt")
+    if suffix and not all(isinstance(x, str) for x in given):
+        raise Refused(
+            "suffix goes with a prompt of text; one of tokens must hold the tokens that ask for a gap", "suffix"
+        )
     try:
         return [(text.prompt_ids(tokenizer, x, suffix), True) if isinstance(x, str) else (x, False) for x in given]
     except ValueError as error:

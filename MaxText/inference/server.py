@@ -17,11 +17,13 @@ from typing import Any
 import jax
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from MaxText.inference import api, generate
 from MaxText.inference.batcher import Batcher, Completion
@@ -82,8 +84,8 @@ class Server:
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
         ]
-        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-        self.app = Starlette(routes=routes, middleware=[trusted], exception_handlers={api.Refused: _refuse})
+        handlers = dict.fromkeys((api.Refused, HTTPException, Exception), _refuse)
+        self.app = Starlette(routes=routes, middleware=[Middleware(_OwnHostOnly)], exception_handlers=handlers)
 
     async def completions(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
@@ -131,7 +133,7 @@ class Server:
     def _submit(self, asked: api.Asked) -> "asyncio.Queue[api.Piece]":
         """Puts all requests into the queue, or none; what they write arrives in the queue returned."""
         if self.writer.failure is not None:
-            raise api.Refused(f"nothing can be written any more: {self.writer.failure}", None, 503)
+            raise self._failed()
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[api.Piece] = asyncio.Queue()
         completions = [completion for request in asked.requests for completion in request.completions]
@@ -156,6 +158,9 @@ class Server:
         self.writer.wake()
         return pieces
 
+    def _failed(self) -> api.Refused:
+        return api.Refused(f"nothing can be written any more: {self.writer.failure}", None, 503)
+
     def _cancel(self, asked: api.Asked) -> None:
         for request in asked.requests:
             self.batcher.cancel(request)
@@ -179,7 +184,7 @@ class Server:
             if not tasks[1].done():
                 return Response(status_code=499)
             if self.writer.failure is not None:
-                raise api.Refused(f"nothing can be written any more: {self.writer.failure}", None, 503)
+                raise self._failed()
             return JSONResponse(answers.whole())
         finally:
             for task in tasks:
@@ -192,6 +197,9 @@ class Server:
         try:
             while left:
                 piece = await pieces.get()
+                if piece.finish_reason == "cancelled":  # not by the client, which still listens: the writer failed
+                    yield _event(self._failed().body())
+                    return
                 left -= bool(piece.finish_reason)
                 yield _event(answers.part(piece, told.get(piece.index, 0)))
                 told[piece.index] = piece.num_tokens
@@ -206,10 +214,29 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
-async def _refuse(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, api.Refused)
-    # What was given is told in ASCII: it may be no text.
+class _OwnHostOnly:
+    """Answers only requests for this machine."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "").split(":")[0]
+        if host in (HOST, "localhost"):
+            await self._app(scope, receive, send)
+        else:
+            await _answer(api.Refused(f"requests must be for {HOST} or localhost", None))(scope, receive, send)
+
+
+def _answer(error: api.Refused) -> Response:
+    """In ASCII, as what it tells of the body may be no text."""
     return Response(json.dumps(error.body()), error.status, media_type="application/json")
+
+
+async def _refuse(_: HttpRequest, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # no such path, or not by this method
+        error = api.Refused(error.detail, None, error.status_code)
+    return _answer(error if isinstance(error, api.Refused) else api.Refused("a defect of the server", None, 500))
 
 
 def serve(loaded: LoadedModel, name: str, emit: Callable[[str], None]) -> None:

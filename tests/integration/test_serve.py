@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import http.client
+import itertools
 import json
 import socket
 import threading
@@ -47,9 +48,9 @@ def write(client, **keys):
     return client.completions.create(**({"model": "small", "prompt": PROMPT, "max_tokens": 12, "seed": 5} | keys))
 
 
-def post(port, body, content_type="application/json", host="127.0.0.1", path="/v1/completions"):
+def post(port, body, content_type="application/json", host="127.0.0.1", path="/v1/completions", method="POST"):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", path, body, {"Content-Type": content_type, "Host": host})
+    connection.request(method, path, body, {"Content-Type": content_type, "Host": host})
     answer = connection.getresponse()
     status, text = answer.status, answer.read().decode()
     connection.close()
@@ -180,6 +181,7 @@ BAD = {
     "too long": ({"prompt": "a", "max_tokens": 10**6}, 400, "together at most 100"),
     "not supported": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not supported"),
     "stop of nothing": ({"prompt": "a", "stop": ""}, 400, "stop: must be text"),
+    "tokens and a suffix": ({"prompt": [97], "suffix": "b"}, 400, "suffix goes with a prompt of text"),
     "best of a stream": ({"prompt": "a", "best_of": 3, "stream": True}, 400, "cannot be streamed"),
     "a body too large": ({"prompt": "a" * 1_100_000}, 413, "longer than 1,000,000 bytes"),
 }
@@ -196,9 +198,20 @@ def test_nonsense_is_refused_in_words(client, served, name):
 
 def test_other_hosts_and_forms_are_refused(served):
     body = json.dumps({"prompt": "a"})
-    assert post(served[0], body, content_type="text/plain")[0] == 415
-    assert post(served[0], body, host="evil.example")[0] == 400
-    assert post(served[0], body, path="/v1/chat/completions")[0] == 404
+    for keys, status, message in (
+        ({"content_type": "text/plain"}, 415, "must be application/json"),
+        ({"host": "evil.example"}, 400, "must be for 127.0.0.1 or localhost"),
+        ({"path": "/v1/chat/completions"}, 404, "Not Found"),
+        ({"method": "GET"}, 405, "Method Not Allowed"),
+    ):
+        got, text = post(served[0], body, **keys)
+        assert got == status and message in json.loads(text)["error"]["message"], text
+
+
+def test_a_defect_of_the_server_is_an_error_object(served, monkeypatch, caplog):
+    monkeypatch.setattr(api, "parse", lambda *_: 1 / 0)
+    status, text = post(served[0], json.dumps({"prompt": "a"}))
+    assert status == 500 and json.loads(text)["error"]["type"] == "server_error"
 
 
 def test_a_full_queue_is_told(served, monkeypatch):
@@ -220,6 +233,43 @@ def test_a_writer_that_fails_is_told_and_nobody_waits_for_ever():
     writer._thread.join(30)
     assert str(writer.failure) == "no memory"
     assert {completion.finish_reason for completion in request.completions} == {"cancelled"}
+
+
+def test_a_writer_that_fails_in_the_middle_of_a_stream_is_told():
+    made = generation.make_batcher(num_rows=2, context=60)
+    hand_out, calls = made._hand_out, itertools.count()
+
+    def fails_later(written):
+        if next(calls) == 2:
+            raise RuntimeError("no memory")
+        hand_out(written)
+
+    made._hand_out = fails_later
+    config = support.small_config(vocab_size=256, temperature=0.7, top_p=1.0)
+    loaded = runs.LoadedModel(config, made.program, made.weights, made.tokenizer, step=3)
+    application = server.Server(loaded, made, "small")
+    body = {"prompt": PROMPT, "max_tokens": 40, "seed": 1, "n": 2, "stream": True}
+    asked = api.parse(body, config, made.tokenizer, "small")
+
+    async def events():
+        pieces = application._submit(asked)
+        return [event async for event in application._stream(api.Answers.to(asked, "small", made.tokenizer), pieces)]
+
+    *told, last = (json.loads(event.removeprefix("data: ")) for event in asyncio.run(events()))
+    assert told and {choice["finish_reason"] for each in told for choice in each["choices"]} <= {None, "stop"}
+    assert last["error"]["message"] == "nothing can be written any more: no memory"
+    assert last["error"]["type"] == "server_error"
+
+
+def test_equal_prompts_without_a_seed_get_seeds_of_their_own():
+    config = support.small_config(vocab_size=256)
+
+    def seeds(**keys):
+        asked = api.parse({"prompt": ["ab"] * 3, "n": 2} | keys, config, generation.ByteTokenizer(), "m")
+        return [[completion.seed for completion in request.completions] for request in asked.requests]
+
+    assert seeds(seed=5) == [[5, 6]] * 3
+    assert len({first for first, _ in seeds()}) == 3
 
 
 def test_a_body_is_read_with_the_configs_defaults():
