@@ -32,6 +32,7 @@ BENCHMARKS = {"humaneval": "HumanEval", "mbpp": "MBPP"}
 _MODEL_SETTINGS = ("max_target_length", "rope_factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 _MODEL_SETTINGS += ("dtype", "matmul_precision")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "sampling_seed", *_MODEL_SETTINGS)
+SAMPLING_SETTINGS += ("decode_rows", "speculative_tokens")  # which round otherwise in bfloat16
 HELD_OUT_SETTINGS = ("eval_steps", *_MODEL_SETTINGS)
 
 

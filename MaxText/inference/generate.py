@@ -1,6 +1,7 @@
 """Many completions at once: what evaluation and the command line ask of a batcher.
 
-Prompts that are equal and follow each other are read once. A text depends on its prompt and its seed alone.
+Prompts that are equal and follow each other are read once. In float32 a text depends on its prompt and its seed
+alone; in bfloat16 the number of rows rounds otherwise, and a near tie may fall to the other token.
 """
 
 from collections.abc import Callable, Sequence

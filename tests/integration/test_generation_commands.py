@@ -235,6 +235,7 @@ def test_another_file_of_problems_has_results_of_its_own(run, problems, tmp_path
         code, out, err = command(capsys, evaluate, *words, f"task_file={file}")
         assert code == 0 and f"pass@1 {score}" in out, err
     assert "scored before" in command(capsys, evaluate, *words, f"task_file={problems}")[1]
+    assert "scored before" not in command(capsys, evaluate, *words, f"task_file={problems}", "decode_rows=3")[1]
 
 
 @pytest.mark.parametrize(
