@@ -1,7 +1,8 @@
 """Infilling: lines taken out of functions of held-out files, to be filled in from what stands before and after them.
 
 In: texts that were not trained on. Out: a grading.Task whose scores are exact match, match of the first line, and
-whether the file with the completion in it parses. A problem is a function of the text and the seed alone.
+whether the file with the completion in it parses. A problem is a function of the text and the seed alone. Something
+stands after every gap, as a prompt without a suffix does not ask to fill one.
 Source of the single-line form: Bavarian et al., arXiv:2207.14255, section 3.
 """
 
@@ -116,7 +117,7 @@ def _gap(key: str, text: str, max_lines: int) -> Gap | None:
         for start, stop in sorted(spans)
         for first in range(start, stop)
         for end in range(first + least, min(first + max_lines, stop) + 1)
-        if _is_code(lines[first]) and _is_code(lines[end - 1])
+        if end < len(lines) and _is_code(lines[first]) and _is_code(lines[end - 1])
     ]
     if not choices:
         return None

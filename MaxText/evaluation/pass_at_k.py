@@ -17,14 +17,14 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean over problems and its standard error, s / sqrt(n); it holds the choice of problems and the sampling.
 
-    Source: Miller, arXiv:2411.00640, section 2.1. The error of a single problem is not a number.
+    Source: Miller, arXiv:2411.00640, section 2.1. A single problem has no error.
     Raises:
         ValueError: no values.
     """
     if not values:
         raise ValueError("no results: nothing to take a mean of")
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.fmean(values), error

@@ -70,7 +70,9 @@ class Results:
 
 
 def summarize(records: Iterable[dict[str, Any]], num_samples: int) -> dict[str, float]:
-    """Every score's mean over the problems, and under `<name>_standard_error` its error; "pass" becomes pass@k.
+    """Every score's mean over the problems, and under `<name>_standard_error` its error, if it has one.
+
+    The score "pass" becomes pass@k.
 
     Raises:
         ValueError: a problem has not exactly `num_samples` records.
@@ -88,5 +90,6 @@ def summarize(records: Iterable[dict[str, Any]], num_samples: int) -> dict[str, 
             if k <= num_samples:
                 title = f"pass@{k}" if name == "pass" else name
                 values = [pass_at_k(num_samples, sum(values), k) for values in by_problem.values()]
-                summary[title], summary[f"{title}_standard_error"] = mean_and_standard_error(values)
+                summary[title], error = mean_and_standard_error(values)
+                summary |= {} if error is None else {f"{title}_standard_error": error}
     return summary

@@ -56,6 +56,13 @@ def test_the_parts_make_the_text_and_the_gap_is_code_of_a_body(max_lines: int):
     assert sizes == ({1} if max_lines == 1 else {2, 3, 4})
 
 
+@pytest.mark.parametrize("max_lines", [1, 4])
+def test_something_stands_after_every_gap(max_lines: int):
+    """Also where a text ends with its function and without a newline."""
+    texts = [f"def f(x):\n    x += {number}\n    y = x\n    return y" for number in range(40)]
+    assert all(gap.suffix for gap in build(texts, num_problems=40, max_lines=max_lines).gaps)
+
+
 def test_the_choice_is_the_seeds_and_not_the_orders():
     gaps = build().gaps
     assert build(texts=TEXTS[::-1] + TEXTS[:5]).gaps == gaps

@@ -86,6 +86,11 @@ def test_a_summary_takes_means_over_problems():
     }
 
 
+def test_a_summary_of_one_problem_has_no_error():
+    summary = summarize([record("a", 0), record("a", 1, False)], 2)
+    assert summary == {"pass@1": 0.5}
+
+
 def test_an_incomplete_problem_has_no_summary():
     with pytest.raises(ValueError, match="b has 1 samples instead of 2"):
         summarize([record("a", 0), record("a", 1), record("b", 0)], 2)
