@@ -218,9 +218,10 @@ class Answers:
     def _logprobs(self, completion: Completion, begin: int, end: int) -> dict[str, Any]:
         if self.asked.logprobs is None:
             return {"logprobs": None}
+        alone = text.pieces(self.tokenizer)
 
         def piece(place: int, token: int) -> str:
-            return self.tokenizer.decode([token])[0 if place else completion.repeated :]
+            return alone(token)[0 if place else completion.repeated :]
 
         tokens = list(itertools.starmap(piece, enumerate(completion.tokens[:end])))
         offsets = list(itertools.accumulate(map(len, tokens), initial=0))

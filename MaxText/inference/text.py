@@ -4,7 +4,7 @@ A token may end inside a character, and a stop string may lie across tokens: wha
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,12 +55,19 @@ def cut_around_gap(tokenizer: Tokenizer, ids: Sequence[int], room: int) -> list[
     return [ids[0], *ids[1 + of_prefix : end], ids[-1]]
 
 
+def pieces(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """What gives a token's text as it reads after another one: where a text begins, decoders may drop a blank."""
+    anchor = tokenizer.encode(["x"])[0]
+    size = len(tokenizer.decode(anchor))
+    return lambda token: tokenizer.decode([*anchor, token])[size:]
+
+
 class Healer:
     """Takes back a prompt's last token, where text that went on would have been cut into tokens elsewhere.
 
     A tokenizer may join what ends the prompt with what follows: `:` and the newline with its indentation, say. The
     model never saw such a prompt's last token followed by that. So the token is left to the model, among all tokens
-    that begin with its text.
+    that begin with its text; special ones have none.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
@@ -68,7 +75,8 @@ class Healer:
 
     @functools.cached_property
     def _texts(self) -> list[str]:
-        return [self._tokenizer.decode([token]) for token in range(self._tokenizer.vocab_size)]
+        piece, sizes = pieces(self._tokenizer), self._tokenizer.token_bytes()
+        return [piece(token) if size else "" for token, size in enumerate(sizes)]
 
     def __call__(self, prompt: Sequence[int]) -> tuple[Sequence[int], str, np.ndarray | None]:
         """The prompt to read, the end of its text that is to be written again, and with which tokens, bool [V].
@@ -76,7 +84,7 @@ class Healer:
         They are the prompt, "" and None where its last token stays.
         """
         *before, last = prompt
-        end = self._tokenizer.decode([last])
+        end = self._texts[last]
         exact = self._tokenizer.decode(before[-1:]) + end == self._tokenizer.decode(prompt[-2:])
         if not before or not end or not exact or _INCOMPLETE in end:
             return prompt, "", None

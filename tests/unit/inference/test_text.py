@@ -1,10 +1,13 @@
 """Text that grows: stop strings across tokens, characters across tokens, and prompts with a gap."""
 
+import email
 import random
+from pathlib import Path
 
 import pytest
 
 from MaxText.inference import text
+from MaxText.input_pipeline import tokenizer as tokenizers
 from tests.generation import ByteTokenizer
 
 
@@ -28,6 +31,9 @@ class PieceTokenizer(ByteTokenizer):
 
     def decode(self, ids):
         return b"".join(self.pieces[id_] for id_ in ids).decode(errors="replace")
+
+    def encode(self, texts):
+        return [[0] for _ in texts]
 
 
 def grown(tokenizer, ids, stop=(), prompt=()):
@@ -125,3 +131,40 @@ def test_a_last_token_that_text_may_go_on_with_is_left_to_the_model():
         assert heal(stays) == (stays, "", None)
     growing = text.GrowingText(PieceTokenizer(), [3, 0], ["\nde"], "\n")
     assert [growing.add(2), growing.add(3), growing.finish()] == ["def", " x", ""]
+
+
+@pytest.fixture(scope="module", params=["BPE", "SentencePiece"])
+def trained(request, tmp_path_factory):
+    """A tokenizer that was trained; SentencePiece's, by default, drops the blank that a text begins with."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [file.read_text() for file in Path(email.__file__).parent.glob("*.py")]
+    if request.param == "BPE":
+        tokenizers.train(texts, 700, folder)
+        return tokenizers.load(str(folder))
+    import sentencepiece
+
+    lines = iter([line for text in texts for line in text.splitlines() if line])
+    options = {"vocab_size": 700, "byte_fallback": True, "eos_id": 2, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "sp"), **options)
+    with pytest.warns(UserWarning, match="does not reproduce text exactly"):
+        return tokenizers.load(str(folder / "sp.model"))
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .*Swig:DeprecationWarning")
+def test_whatever_a_healed_prompt_goes_on_with_its_text_stays(trained):
+    """A token that is allowed begins with the prompt's last piece, blank and all; special tokens are no text."""
+    heal, healed = text.Healer(trained, trained.vocab_size), 0
+    for prompt in ("import email", "x = self", "def f(self, header", "return ", "if a <", "a = b", "for"):
+        ids = trained.encode([prompt])[0]
+        before, again, allowed = heal(ids)
+        whole = trained.decode(ids)
+        if allowed is None:
+            assert before == ids
+            continue
+        assert allowed[ids[-1]] and not allowed[trained.eos_id]
+        for token in allowed.nonzero()[0].tolist():
+            assert trained.decode([*before, token]).startswith(whole), (prompt, again)
+            growing = text.GrowingText(trained, before, (), again)
+            assert whole + growing.add(token) + growing.finish() == trained.decode([*before, token])
+            healed += 1
+    assert healed > 8
