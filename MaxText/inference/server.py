@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -243,8 +244,10 @@ def serve(loaded: LoadedModel, name: str, emit: Callable[[str], None]) -> None:
     """Serves until it is asked to end by SIGINT or SIGTERM.
 
     Raises:
+        KeyboardInterrupt: it was.
         OSError: the port is taken.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to which uvicorn, when it has ended, gives the signal
     batcher = generate.make_batcher(loaded, loaded.config.decode_rows)
     with socket.create_server((HOST, loaded.config.serve_port)) as listener:
         port = listener.getsockname()[1]

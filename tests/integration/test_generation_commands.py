@@ -1,7 +1,9 @@
 """decode.py, evaluate.py and serve.py on a model trained here, which knows three functions by heart."""
 
+import http.client
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -107,6 +109,38 @@ def test_decode_takes_a_config_a_checkpoint_and_typed_prompts(run, capsys, monke
     )
     means = [float(mean) for mean in re.findall(r"of 2, mean log-probability (-[\d.]+)", out)]
     assert len(means) == 2 and means[0] >= means[1]
+
+
+def ask(port, method, path, body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    status, content = answer.status, json.loads(answer.read())
+    connection.close()
+    return status, content
+
+
+def test_the_server_as_a_command(run, user_environment):
+    """It compiles first, answers on this machine only, and ends with code 0 when it is told to."""
+    words = [sys.executable, str(support.ROOT / "MaxText/serve.py"), str(run), "serve_port=0", "decode_rows=2"]
+    environment = user_environment | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout and server.stderr
+            said = [server.stdout.readline() for _ in range(2)]
+            assert said[0].startswith("compiling for 2 rows and lengths 65"), (said, server.stderr.read())
+            port = int(re.fullmatch(r"known on http://127\.0\.0\.1:(\d+)/v1/completions; Ctrl-C ends\n", said[1])[1])
+            assert ask(port, "GET", "/health")[1]["status"] == "ok"
+            body = {"prompt": "def shout", "temperature": 0, "max_tokens": 30}
+            status, answer = ask(port, "POST", "/v1/completions", body)
+            assert status == 200 and "return text.upper()" in answer["choices"][0]["text"]
+            if sys.platform == "linux":
+                bound = pathlib.Path(f"/proc/{server.pid}/net/tcp").read_text().split()
+                assert f"0100007F:{port:04X}" in bound and f"00000000:{port:04X}" not in bound
+            server.terminate()
+            assert server.wait(60) == 0, server.stderr.read()
+        finally:
+            server.kill()
 
 
 def test_a_run_of_two_slices_is_decoded_on_one_device(run, capsys, monkeypatch):
