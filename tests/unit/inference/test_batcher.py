@@ -21,6 +21,14 @@ def shared():
     return made
 
 
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A byte-level BPE, which joins a colon with the newline and the indentation after it."""
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizer.train([file.read_text() for file in Path(email.__file__).parent.glob("*.py")], 700, folder)
+    return tokenizer.load(str(folder))
+
+
 @pytest.fixture
 def compilations():
     """Counts programs that are compiled, or loaded as compiled before."""
@@ -38,12 +46,25 @@ def compilations():
 PROMPTS = [list(range(5, 5 + size)) for size in (1, 2, 63, 64, 65, 80, 30, 3)]
 
 
-def test_nothing_is_compiled_after_the_warm_up(shared, compilations):
+@pytest.mark.parametrize("num_guesses", [0, 1])
+def test_nothing_is_compiled_after_the_warm_up(words, compilations, num_guesses):
+    """Neither for guesses, nor for prompts whose last token is taken back, nor for alternatives."""
+    made = generation.make_batcher(num_guesses=num_guesses, mtp_num_layers=1, tokenizer=words, vocab_size=700)
+    made.warm_up()
+    before = len(compilations)
     jax.jit(lambda x: x + 1)(np.float32(1))
-    assert len(compilations) == 1  # the counter works
-    for prompt in PROMPTS:
-        write(shared, prompt, range(5), 100 - len(prompt), WARM)
-    assert len(compilations) == 1
+    assert len(compilations) == before + 1  # the counter works
+    healed = set()
+    for prompt in (*PROMPTS, words.encode(["def f(self):"])[0]):
+        for heal, with_alternatives, sampling in itertools.product((False, True), (False, True), (GREEDY, WARM)):
+            completions = [batcher.Completion(seed) for seed in range(5)]
+            max_tokens = min(100 - len(prompt), 12)
+            request = batcher.Request(prompt, max_tokens, sampling, (), completions, with_alternatives, heal)
+            made.submit(request)
+            healed.add(request.allowed is not None)
+            made.run()
+        write(made, prompt, range(5), 100 - len(prompt), WARM)
+    assert len(compilations) == before + 1 and healed == {False, True}
 
 
 def test_a_text_does_not_depend_on_its_batch_mates(shared):
@@ -161,14 +182,6 @@ def test_the_best_of_several_are_the_likeliest_the_end_counted_as_a_token(shared
         end = completion.log_probability - sum(completion.log_probabilities)
         assert completion.ended == (end < -1e-6) == (completion.finish_reason == "stop")
     assert {completion.ended for completion in completions} == {True, False}
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """A byte-level BPE, which joins a colon with the newline and the indentation after it."""
-    folder = tmp_path_factory.mktemp("bpe")
-    tokenizer.train([file.read_text() for file in Path(email.__file__).parent.glob("*.py")], 700, folder)
-    return tokenizer.load(str(folder))
 
 
 def test_a_last_token_that_is_taken_back_is_counted_with_the_prompt(words):
