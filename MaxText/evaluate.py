@@ -9,6 +9,7 @@ if __spec__ is None:  # run as a file: its folder is on the path, where the proj
 
 USAGE = """\
 usage: python MaxText/evaluate.py RUN [task=humaneval|mbpp|infilling|heldout] [checkpoints=last|all|epochs|STEP] [...]
+       python MaxText/evaluate.py branches RUN [as above: scores the run's decay branches, then as summary]
        python MaxText/evaluate.py summary RUN
 
 RUN is a run's directory, one of its checkpoints, or a config. Keys: the sections Generation and Scoring checkpoints of
@@ -31,8 +32,10 @@ def main(argv: list[str]) -> int:
         print(line, flush=True)
 
     try:
-        if argv[0] == "summary":
+        if argv[0] in ("summary", "branches"):
             run = runs.find(argv[1:])
+            if argv[0] == "branches":
+                checkpoints.evaluate_branches(run, log)
             print("\n".join(score_report.summary(run.directory)))
         else:
             print(score_report.table(checkpoints.evaluate(runs.find(argv), log)))

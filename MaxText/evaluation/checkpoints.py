@@ -74,6 +74,19 @@ def evaluate(run: runs.TrainedRun, log: Log) -> list[dict[str, Any]]:
     return [records[step] for step in steps]
 
 
+def evaluate_branches(run: runs.TrainedRun, log: Log) -> None:
+    """Scores the checkpoints of all the run's decay branches, with results in the directory of each.
+
+    Raises:
+        ValueError, OSError: there is no branch; as `evaluate`.
+    """
+    branches = run.branches()
+    if not branches:
+        raise ValueError(f"{run.directory} has no branches; train some with branch_decay_from=<step>, for each a run")
+    for branch in branches:
+        evaluate(branch, log)
+
+
 def chosen_steps(run: runs.TrainedRun, wanted: str) -> list[int]:
     """The checkpoints that `wanted` means: last, all, epochs or a number.
 

@@ -58,25 +58,42 @@ def table(records: Iterable[dict[str, Any]]) -> str:
 
 
 def summary(run_directory: Path) -> list[str]:
-    """All that was ever scored of a run, and the best checkpoint by each task and settings.
+    """All that was ever scored of a run and its branches, and the best checkpoint by each task and settings.
 
     Raises:
         ValueError: nothing was.
     """
-    found = [directory for directory in sorted((run_directory / "evaluation").glob("*")) if (directory / FILE).exists()]
-    if not found:
+    scored = (found for place in ("", "branches/*/") for found in run_directory.glob(f"{place}evaluation/*/{FILE}"))
+    names = sorted({path.parent.name for path in scored})
+    if not names:
         raise ValueError(f"no checkpoint of {run_directory} was scored yet: python MaxText/evaluate.py {run_directory}")
     lines = []
-    for directory in found:
-        records = list(read(directory).values())
+    for name in names:
+        directory = run_directory / "evaluation" / name
+        records = [*read(directory).values(), *of_branches(directory)]
         settings = records[0]["settings"]
         told = ", ".join(f"{key}={settings[key]}" for key in _TOLD if key in settings)
-        lines += [f"{directory} ({told})", table(records), _best(records), ""]
+        picture = draw(directory, f"{run_directory.name}: {records[0]['task']}")
+        lines += [f"{directory} ({told})", table(records), _best(records), picture, ""]
     return lines[:-1]
 
 
+def of_branches(directory: Path) -> list[dict[str, Any]]:
+    """What was scored of the run's branches by the task and settings of one directory of the run."""
+    found = directory.parent.parent.glob(f"branches/*/evaluation/{directory.name}")
+    return sorted((record for branch in found for record in read(branch).values()), key=_branch_point)
+
+
+def _branch_point(record: dict[str, Any]) -> int:
+    """The tokens that a branch's run had been trained on where the branch began; its name is <first>-<last step>."""
+    return record["tokens"] // record["step"] * int(record["run"].split("-")[0])
+
+
 def draw(directory: Path, title: str) -> str:
-    """Draws the scores against tokens with error bars of one standard error; says where, or why not."""
+    """Draws the scores against tokens with error bars of one standard error; says where, or why not.
+
+    Those of a branch stand above the tokens of the checkpoint that it decays from.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -84,19 +101,23 @@ def draw(directory: Path, title: str) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = list(read(directory).values())
-    names = [name for name in records[0]["scores"] if not name.endswith(_ERROR)]
+    own, branches = list(read(directory).values()), of_branches(directory)
+    names = [name for name in (own or branches)[0]["scores"] if not name.endswith(_ERROR)]
     if "bits_per_byte" in names:
         names = ["bits_per_byte"]  # another scale than the loss, and the one to compare
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for name in names:
-        having = [record for record in records if name in record["scores"]]
-        errors = [record["scores"].get(name + _ERROR, 0.0) for record in having]
-        points = [record["scores"][name] for record in having]
-        axes.errorbar([r["tokens"] for r in having], points, errors, marker="o", capsize=3, label=name)
+        curves = (name, own, lambda record: record["tokens"]), (f"{name}, decayed", branches, _branch_point)
+        for label, records, tokens in curves:
+            having = [record for record in records if name in record["scores"]]
+            errors = [record["scores"].get(name + _ERROR, 0.0) for record in having]
+            points = [record["scores"][name] for record in having]
+            if having:
+                axes.errorbar(list(map(tokens, having)), points, errors, marker="o", capsize=3, label=label)
     axes.set(xlabel="tokens", ylabel="score", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
+    directory.mkdir(parents=True, exist_ok=True)
     figure.savefig(directory / PICTURE, dpi=120)
     pyplot.close(figure)
     return f"Picture: {directory / PICTURE}; scores: {directory / FILE}"
@@ -119,6 +140,10 @@ def _best(records: list[dict[str, Any]]) -> str:
     best = choose(records, key=lambda record: record["scores"].get(name, float("inf" if choose is min else "-inf")))
     others = [r for r in records if r is not best and name in r["scores"]]
     error = best["scores"].get(name + _ERROR, 0.0)
-    near = [r["step"] for r in others if error and abs(r["scores"][name] - best["scores"][name]) <= error]
-    note = f"; within one standard error: {', '.join(map(str, near))}" if near else ""
-    return f"best by {name}: checkpoint {best['step']}{note}"
+    near = [_name(r) for r in others if error and abs(r["scores"][name] - best["scores"][name]) <= error]
+    note = f"; within one standard error: {', '.join(near)}" if near else ""
+    return f"best by {name}: checkpoint {_name(best)}{note}"
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"{record['step']} of {record['run']}"

@@ -40,6 +40,11 @@ class TrainedRun:
         """Its checkpoints, the oldest first."""
         return checkpoint_manifest.steps_in(self.directory / "checkpoints")[::-1]
 
+    def branches(self) -> "list[TrainedRun]":
+        """The runs that decay from its checkpoints, by their first steps."""
+        found = sorted(self.directory.glob("branches/[0-9]*-*/"), key=lambda path: int(path.name.split("-")[0]))
+        return [TrainedRun(path, self.overrides, None) for path in found]
+
     def step_directory(self, step: int) -> Path:
         """Where a checkpoint lies."""
         return self.directory / "checkpoints" / str(step)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib import axes
 
 from MaxText import checkpoint_manifest, decode, evaluate
 from MaxText.inference import runs
@@ -259,6 +260,28 @@ def test_other_held_out_data_lengths_and_weights_are_measured_anew(run, tmp_path
     checkpoint_manifest.write(first, int(first.name))
     out, others = held_out(capsys, copy)
     assert out.count("scored before") == 1 and others == [losses[1]] * 2
+
+
+def test_branches_are_scored_with_the_run_and_drawn_where_they_begin(run, tmp_path, capsys, monkeypatch):
+    """A copy of the run's last checkpoint stands for a branch from its first one."""
+    copy = shutil.copytree(run, tmp_path / "known", ignore=shutil.ignore_patterns("evaluation"))
+    code, _, err = command(capsys, evaluate, "branches", copy, "task=heldout")
+    assert code == 1 and "has no branches; train some with branch_decay_from=<step>" in err
+    last, first = checkpoint_manifest.steps_in(copy / "checkpoints")
+    branch = copy / "branches" / f"{first}-{last}"
+    shutil.copytree(copy / "checkpoints" / str(last), branch / "checkpoints" / str(last))
+    _, losses = held_out(capsys, copy)
+    drawn = {}
+    monkeypatch.setattr(axes.Axes, "errorbar", lambda _, x, y, *__, label, **___: drawn.update({label: (x, y)}))
+    monkeypatch.setattr(axes.Axes, "legend", lambda _: None)
+    code, out, err = command(capsys, evaluate, "branches", copy, "task=heldout")
+    assert code == 0 and f"best by bits_per_byte: checkpoint {last} of " in out, err
+    table = out[out.index("| run") :]
+    assert re.findall(r"^\| (\S+) .* loss ([\d.]+)", table, re.MULTILINE) == [
+        *(("known", loss) for loss in losses), (branch.name, losses[1])
+    ]  # fmt: skip
+    (tokens, bits), (begins, decayed) = drawn["bits_per_byte"], drawn["bits_per_byte, decayed"]
+    assert (begins, decayed) == (tokens[:1], bits[1:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
