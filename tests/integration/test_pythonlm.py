@@ -13,6 +13,7 @@ import pytest
 
 from MaxText import checkpointing, hf_directory, job
 from MaxText.inference import runs
+from MaxText.input_pipeline import loader
 from tests import support
 
 KEYS = {
@@ -149,6 +150,37 @@ def test_exported_it_is_the_same_model_in_transformers(finished, tmp_path):
     for words in ("DiffLlamaForCausalLM", f"bits per byte | {bits:.4f} |", "| Code | commit ", "Python files of"):
         assert words in card
     assert "not measured" not in card
+
+
+def test_the_export_has_the_held_out_loss_that_evaluate_tells(finished, tmp_path):
+    """From training to the weights in transformers, on the same batches, each document by itself."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    directory, _ = finished
+    settings = ["dtype=float32", "eval_steps=2", "eval_per_device_batch_size=4"]
+    done = run(command("evaluate.py", directory / "run", "task=heldout", *settings))
+    assert done.returncode == 0, done.stderr
+    (scores,) = directory.glob("run/evaluation/*/scores.jsonl")
+    record = json.loads(scores.read_text())
+    assert run(command("export_hf.py", directory / "run", tmp_path)).returncode == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).float()
+    trained = runs.find([str(directory / "run")])
+    data = loader.open_datasets(trained.config(trained.newest(), with_data=True), print).evaluation
+    nll = count = 0.0
+    for step in range(2):
+        batch = data.batch(step, 4, slice(0, 4))
+        for row, segments in enumerate(batch["inputs_segmentation"]):
+            for segment in set(segments.tolist()) - {0}:
+                document = {
+                    name: torch.tensor(values[row][segments == segment][None]) for name, values in batch.items()
+                }
+                with torch.no_grad():
+                    logits = theirs(document["inputs"].long()).logits.transpose(1, 2)
+                losses = torch.nn.functional.cross_entropy(logits, document["targets"].long(), reduction="none")
+                weights = document["targets_segmentation"] > 0
+                nll, count = nll + float(losses[weights].sum()), count + float(weights.sum())
+    assert count > 300
+    assert record["scores"]["loss"] == pytest.approx(nll / count, abs=1e-4)
 
 
 def test_reading_it_back_is_exact_and_training_starts_from_it(finished, tmp_path):
