@@ -8,6 +8,8 @@ from MaxText import sharding
 from MaxText.input_pipeline import device, loader
 from MaxText.job import Job
 
+_BATCHES_AHEAD = 4  # kept ready
+
 
 class BatchFeed:
     """An iterator over the batches of the steps after `first`, sharded over the job's mesh.
@@ -44,5 +46,5 @@ class BatchFeed:
             first + 1,
             config.steps - first - 1,
             num_threads=config.grain_worker_count,
-            buffer_size=config.grain_prefetch_buffer_size,
+            buffer_size=_BATCHES_AHEAD,
         )

@@ -41,10 +41,10 @@ _FREE_KEYS = """
     decoder_layer_input query_proj key_proj value_proj context out_proj mlpwi_0 mlpwi_1 mlpwo sharding_tolerance
     dataset_type grain_train_files grain_eval_files data_cache_directory embedded_corpus_bytes tokenizer_path
     per_device_batch_size gradient_accumulation_steps max_target_length enable_data_shuffling data_shuffle_seed
-    num_epoch grain_worker_count grain_prefetch_buffer_size max_skipped_steps_in_a_row eval_interval eval_steps
+    num_epoch grain_worker_count max_skipped_steps_in_a_row eval_interval eval_steps
     eval_per_device_batch_size jax_cache_dir profiler skip_first_n_steps_for_profiler profiler_steps
     peak_tflops_per_device compile_topology compile_xla_flags compiled_trainstep_file hang_timeout_minutes
-    sdc_check_interval
+    sdc_check_interval initializer_range residual_init_scale
 """
 _FREE_PREFIXES = ("ici_", "dcn_")
 

@@ -20,17 +20,8 @@ Values = Mapping[str, Any]
 AUTO = "auto"  # the value of a numeric key that is left to arithmetic; see schedule_plan.py
 MESH_KEYS = ("ici_data_parallelism", "ici_fsdp_parallelism", "ici_tensor_parallelism")
 SLICE_KEYS = ("dcn_data_parallelism", "dcn_fsdp_parallelism")
-REMAT_KEYS = (
-    "decoder_layer_input",
-    "query_proj",
-    "key_proj",
-    "value_proj",
-    "context",
-    "out_proj",
-    "mlpwi_0",
-    "mlpwi_1",
-    "mlpwo",
-)
+REMAT_KEYS = ("decoder_layer_input", "query_proj", "key_proj", "value_proj", "context", "out_proj")
+REMAT_KEYS += ("mlpwi_0", "mlpwi_1", "mlpwo")
 
 # Every number in base.yml is in exactly one of these rows: the rule in words, the rule, the keys that obey it.
 LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -42,7 +33,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         base_num_query_heads base_num_kv_heads head_dim base_mlp_dim vocab_size rope_max_timescale num_vocab_tiling
         rope_factor original_max_position_embeddings beta_fast
         embedded_corpus_bytes per_device_batch_size gradient_accumulation_steps max_target_length
-        grain_prefetch_buffer_size eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row
+        eval_per_device_batch_size profiler_steps max_skipped_steps_in_a_row
         compile_topology_num_slices max_tokens num_samples best_of decode_rows infilling_problems
         serve_max_queue""",
     ),
@@ -66,6 +57,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value == -1 or value >= 1,
         " ".join(MESH_KEYS) + " num_epoch eval_interval eval_steps learning_rate_schedule_steps branch_decay_from",
     ),
+    ("-1 or at least 0", lambda value: value == -1 or value >= 0, "residual_init_scale"),
     (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
@@ -201,7 +193,7 @@ def _yarn(values: Values, _: Values) -> Iterator[str]:
             f"rope_factor={factor} with max_target_length={length}: nothing lies beyond the trained length, "
             f"original_max_position_embeddings={trained}; use rope_factor=1, or give the length trained before"
         )
-    if factor not in (1, 0) and trained < length and factor * trained < length:
+    elif factor != 1 and factor * trained < length:
         yield (
             f"rope_factor={factor} stretches original_max_position_embeddings={trained} to {factor * trained:,.0f}, "
             f"less than max_target_length={length}; use rope_factor={-(-length // trained)}"
@@ -347,6 +339,10 @@ def _manifest(values: Values, key: str) -> Iterator[str]:
 
 _FSDP_KEYS = ("ici_fsdp_parallelism", "base_emb_dim")
 _HEAD_KEYS = ("base_num_query_heads", "base_num_kv_heads")
+_SCHEDULE_KEYS = ("lr_schedule_type", "warmup_steps_fraction", "wsd_decay_steps_fraction")
+_SCHEDULE_KEYS += ("wsd_decay_style", "learning_rate_final_fraction")
+_BRANCH_KEYS = ("branch_decay_from", "lr_schedule_type", "wsd_decay_steps_fraction")
+_BRANCH_KEYS += ("load_full_state_path", "load_parameters_path")
 _TENSOR_KEYS = ("ici_tensor_parallelism", "attention_type", *_HEAD_KEYS, "base_mlp_dim", "vocab_size")
 
 # The keys a rule depends on, and the rule.
@@ -367,27 +363,9 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Values, Values], Iterator[str]]],
         ("rope_factor", "original_max_position_embeddings", "max_target_length", "beta_fast", "beta_slow"),
         _yarn,
     ),
-    (
-        (
-            "lr_schedule_type",
-            "warmup_steps_fraction",
-            "wsd_decay_steps_fraction",
-            "wsd_decay_style",
-            "learning_rate_final_fraction",
-        ),
-        _schedule,
-    ),
+    (_SCHEDULE_KEYS, _schedule),
     (("steps", "num_epoch", "dataset_type"), _steps_by_epochs),
-    (
-        (
-            "branch_decay_from",
-            "lr_schedule_type",
-            "wsd_decay_steps_fraction",
-            "load_full_state_path",
-            "load_parameters_path",
-        ),
-        _branch,
-    ),
+    (_BRANCH_KEYS, _branch),
     (
         ("num_vocab_tiling", "max_target_length"),
         lambda values, _: _divides(values, "num_vocab_tiling", ["max_target_length"]),

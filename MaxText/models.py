@@ -117,10 +117,11 @@ def build(config: FrozenConfigDict, rngs: nnx.Rngs) -> Transformer:
     """The model that the config describes, with freshly initialized weights.
 
     Source: initialization: Radford et al. 2019 (GPT-2), section 2.3: normal, the projections that write to the residual
-    stream scaled by 1/sqrt(2L).
+    stream scaled by 1/sqrt(2L); or by 0, as in Zhang et al. 2019 (Fixup), arXiv:1901.09321, section 3.
     """
     dim, stddev = config.base_emb_dim, config.initializer_range
-    out_stddev = stddev / (2 * config.base_num_decoder_layers) ** 0.5
+    scale = config.residual_init_scale
+    out_stddev = stddev * ((2 * config.base_num_decoder_layers) ** -0.5 if scale == -1 else scale)
     types = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
 
     def norm() -> RMSNorm:

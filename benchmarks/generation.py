@@ -1,7 +1,8 @@
 """Compares generation with `transformers`' generate: the same weights, greedy, in one process, in turns.
 
 In: a config that transformers has a model for, prompt length, new tokens, batch sizes, rounds. Out: one JSON line for
-each batch size: tokens/s of both, with the prompt and of writing alone, the ratios, and whether the texts agree.
+each batch size: tokens/s of both, of reading prompts, of writing and of both together, the ratios, and whether the
+texts agree. Ours reads prompts one after the other, as a server gets them.
 Run it from the repository's root: python -m benchmarks.generation
 """
 
@@ -81,6 +82,23 @@ def theirs(model, prompts, num_tokens):
     return out[:, prompts.shape[1] :].tolist(), time.perf_counter() - begin
 
 
+def ours_reads(made, prompts):
+    """Seconds to fill the memories with all prompts."""
+    begin = time.perf_counter()
+    with jax.set_mesh(made.program.mesh):
+        jax.block_until_ready([made._read_prompt(prompt.tolist()) for prompt in prompts])
+    return time.perf_counter() - begin
+
+
+def theirs_reads(model, prompts):
+    """The same."""
+    ids = torch.from_numpy(prompts.astype(np.int64))
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        model(ids, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - begin
+
+
 def compare(config, model, params, batch, args):
     """The record of one batch size."""
     made_program = program.Program(config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), 0)
@@ -97,15 +115,18 @@ def compare(config, model, params, batch, args):
         for (name, n), times in seconds.items():
             times.append(systems[name](n)[1])
     middle = {key: statistics.median(times) for key, times in seconds.items()}
+    readers = {"ours": lambda: ours_reads(made, prompts), "transformers": lambda: theirs_reads(model, prompts)}
+    reading = {name: statistics.median(read() for _ in range(2 * args.rounds)) for name, read in readers.items()}
     record = {"batch": batch, "same_texts": texts["ours"] == texts["transformers"]}
     for name in systems:
         first, whole = middle[name, 1], middle[name, args.new_tokens]
         record |= {
             f"{name}_first_token_seconds": round(first, 4),
+            f"{name}_read_tokens_per_second": round(prompts.size / reading[name], 1),
             f"{name}_write_tokens_per_second": round(batch * (args.new_tokens - 1) / (whole - first), 1),
             f"{name}_tokens_per_second": round(batch * args.new_tokens / whole, 1),
         }
-    keys = ("write_tokens_per_second", "tokens_per_second")
+    keys = ("read_tokens_per_second", "write_tokens_per_second", "tokens_per_second")
     return record | {f"ratio_{key}": round(record[f"ours_{key}"] / record[f"transformers_{key}"], 2) for key in keys}
 
 
@@ -148,7 +169,7 @@ def main():
     if args.guessing:
         report(when | {"jax": jax.__version__} | guessing(args.guessing, args), args.out)
         return
-    config = pyconfig.initialize([args.config, "dtype=float32"], {})
+    config = pyconfig.initialize([args.config, "dtype=float32", "residual_init_scale=1.0"], {})
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     params = jax.jit(lambda key: models.initial_params(config, key))(jax.random.key(0))
     model = torch_model(config, params)

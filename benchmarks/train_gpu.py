@@ -5,7 +5,7 @@
 Each comparison alternates between the two programs. A JSON line a case: tokens/s of both and the ratio, MFU (against
 the card's published rate or, where none is known, the best matrix product measured on it), and the most memory that
 nvidia-smi saw in use. The runs are validate_10m for 5,000 steps on this machine's Python files and pythonlm_1b for 200;
-their metrics.jsonl stay in the output directory, for benchmarks/plot_metrics.py.
+their directories stay in the output directory, for benchmarks/plot_metrics.py.
 """
 
 import argparse
@@ -101,12 +101,11 @@ def compare(shape: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """A real run: its speed and its last loss; what it logged goes to the output directory."""
+    """A real run: its speed, and its first and last loss."""
     words, steps = RUNS[name]
     result = measure(train_command(words, args.output / name, steps=steps, eval_interval=min(500, steps)))
-    metrics = args.output / name / "run/metrics.jsonl"
-    shutil.copy(metrics, args.output / f"{name}.jsonl")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = (args.output / name / "run/metrics/metrics.jsonl").read_text().splitlines()
+    records = map(json.loads, lines)
     losses = [record["learning/loss"] for record in records if "learning/loss" in record]
     return {"run": name, "steps": steps, **result, "first_loss": losses[0], "last_loss": losses[-1]}
 

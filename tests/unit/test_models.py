@@ -218,3 +218,14 @@ def test_every_weight_names_as_many_axes_as_it_has(attention_type):
     for leaf, names in zip(jax.tree.leaves(model.params), axes, strict=True):
         assert len(names) == leaf.ndim
         assert set(names) <= set(sharding.RULES)
+
+
+@pytest.mark.parametrize(("scale", "want"), [(-1.0, 0.02 / 2), (0.0, 0.0), (0.5, 0.01)])
+def test_what_writes_to_the_residual_stream_starts_smaller(scale, want):
+    config = support.small_config(residual_init_scale=scale, mtp_num_layers=1, mtp_transformer_block=True)
+    with jax.set_mesh(support.mesh_of()):
+        params = models.initial_params(config, jax.random.key(0))
+    for layers in (params["decoder"]["layers"], params["mtp"]["layers"]["block"]):
+        for weight in (layers["self_attention"]["out"], layers["mlp"]["wo"]):
+            assert float(np.std(weight)) == pytest.approx(want, rel=0.1)
+        assert float(np.std(layers["mlp"]["wi_0"])) == pytest.approx(0.02, rel=0.1)
