@@ -2,10 +2,10 @@
 
 .venv/bin/python benchmarks/train_gpu.py --torch-python "$PEERS/torch/bin/python" --output gpu/
 
-Each comparison alternates between the two programs. A JSON line a case: tokens/s of both and the ratio, MFU (against
-the card's published rate or, where none is known, the best matrix product measured on it), and the most memory that
-nvidia-smi saw in use. The runs are validate_10m for 5,000 steps on this machine's Python files and pythonlm_1b for 200;
-their directories stay in the output directory, for benchmarks/plot_metrics.py.
+Each comparison alternates between the two programs. A JSON line a case: tokens/s of both and the ratio, MFU against the
+bfloat16 rate measured on the card with products of 8,192 x 8,192, and the most memory that nvidia-smi saw in use. The
+runs are validate_10m for 5,000 steps on this machine's Python files and pythonlm_1b for 200; their directories stay in
+the output directory, for benchmarks/plot_metrics.py.
 """
 
 import argparse
@@ -33,7 +33,18 @@ RUNS = {
     "validate_10m": (["configs/validate_10m.yml"], 5000),
     "pythonlm_1b": (["configs/pythonlm_1b.yml", "dataset_type=embedded", "tokenizer_path="], 200),
 }
-COMPLETED = re.compile(r"completed step: (\d+), seconds: ([\d.]+), .*?Tokens/s/device: ([\d.]+)(?:.*?MFU: ([\d.]+)%)?")
+COMPLETED = re.compile(r"completed step: \d+, .*?(?:TFLOP/s/device: ([\d.]+), )?Tokens/s/device: ([\d.]+)")
+MATMUL = """
+import time, jax, jax.numpy as jnp
+size, best = 8192 if jax.default_backend() == "gpu" else 1024, 0.0
+x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+product = jax.jit(lambda x: x @ x)
+for _ in range(20):
+    begin = time.perf_counter()
+    product(x).block_until_ready()
+    best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+print(best / 1e12)
+"""
 
 
 @contextlib.contextmanager
@@ -69,9 +80,9 @@ def measure(command: list[str]) -> dict[str, Any]:
     steps = [match for match in COMPLETED.finditer(done.stdout)][DROPPED_STEPS:]
     if done.returncode or not steps:
         raise RuntimeError(f"{command} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
-    result: dict[str, Any] = {"tokens_per_second": statistics.median(float(step[3]) for step in steps)}
-    if steps[0][4]:
-        result["mfu_percent"] = statistics.median(float(step[4]) for step in steps)
+    result = {"tokens_per_second": statistics.median(float(step[2]) for step in steps)}
+    if steps[0][1]:
+        result["tflops"] = statistics.median(float(step[1]) for step in steps)
     return result | ({"most_memory_mib": memory["mib"]} if memory else {})
 
 
@@ -96,8 +107,11 @@ def compare(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         name: {key: statistics.median(each[key] for each in results) for key in results[0]}
         for name, results in rounds.items()
     }
-    speeds = [medians[name]["tokens_per_second"] for name in commands]
-    return {"case": shape, "steps": args.steps, "rounds": args.rounds, **medians, "ratio": speeds[0] / speeds[-1]}
+    record = {"case": shape, "steps": args.steps, "rounds": args.rounds, **medians}
+    record["mfu_percent"] = 100 * medians["ours"]["tflops"] / args.measured_tflops
+    if args.torch_python:
+        record["ratio"] = medians["ours"]["tokens_per_second"] / medians["torch_compile"]["tokens_per_second"]
+    return record
 
 
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +140,10 @@ def main() -> None:
         if shutil.which("nvidia-smi")
         else ""
     )
-    about = {"card": card.split(" (")[0], "jax": version("jax"), "date": datetime.date.today().isoformat()}
+    found = subprocess.run([sys.executable, "-c", MATMUL], capture_output=True, text=True, check=True).stdout
+    args.measured_tflops = float(found)
+    about = {"card": card.split(" (")[0], "jax": version("jax"), "measured_tflops": args.measured_tflops}
+    about["date"] = datetime.date.today().isoformat()
     work = [*((compare, case) for case in args.cases), *((train, run) for run in args.runs)]
     for function, name in work:
         result = {**function(name, args), **about}
