@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 
+import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -286,12 +287,12 @@ def test_names_of_hub_data_sets(tmp_path):
     assert hub.split_place(str(tmp_path)) == (str(tmp_path), None, None)
 
 
-def test_files_are_read_through_one_library(texts):
+@pytest.mark.parametrize("kind", ["dir", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_files_are_read_through_one_library(texts, tmp_path, kind):
     """memory:// stands for gs://: a place that is not on the disk."""
-    import fsspec
-
-    lines = [json.dumps(row) for row in rows_of(texts)]
-    with fsspec.open("memory://bucket/a.jsonl", "w") as file:
-        file.write("\n".join(lines))
-    units = inputs.find_units("jsonl:memory://bucket", 10**9, print)
-    assert [record.text for record in readers.read(units[0], "", -1)] == texts
+    write(kind, tmp_path / "source", texts)
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(tmp_path / "source"), f"/bucket-{kind}", recursive=True)
+    units = inputs.find_units(f"{kind}:memory://bucket-{kind}", 10_000, print)
+    assert len(units) > 1 or kind.startswith("jsonl.")
+    assert [record.text for unit in units for record in readers.read(unit, "", -1)] == texts
