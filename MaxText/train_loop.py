@@ -32,6 +32,7 @@ from MaxText import (
     train_report,
     watchdog,
 )
+from MaxText.aot import executable
 from MaxText.evaluation import held_out
 from MaxText.input_pipeline import loader
 from MaxText.job import Job, lower, make_job
@@ -99,14 +100,16 @@ def train(config: FrozenConfigDict, console: Console, stop: preemption.StopSigna
     with ledger.charge("compile"):
         lowered = lower(job)
     with futures.ThreadPoolExecutor(1) as background, jax.set_mesh(job.mesh):
-        compiling = background.submit(lowered.compile)
+        compiling = background.submit(executable.load_or_compile, job, lowered)
         run = Run(job, data, position, console, ledger, stop)
         with ledger.charge("restore"):
             state = resume.restore_or_initialize(job, run.checkpointer, position, console.emit)
         if run.is_first_process:
             run_record.write(job, run.info)
         with ledger.charge("compile"):
-            compiled = compiling.result()
+            compiled, lines = compiling.result()
+        for line in lines:
+            console.emit(line)
         console.emit(train_report.compiled_memory(compiled))
         gc.freeze()
         gc.enable()

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import serialize_executable
 from ml_collections import FrozenConfigDict
 
-from MaxText.aot import report, sweep, topologies
+from MaxText.aot import executable, report, sweep, topologies
 from MaxText.job import Job, lower, make_job
 
 
-def compile_step(config: FrozenConfigDict) -> tuple[Job, jax.stages.Compiled, dict[str, Any]]:
-    """The job on the config's topology, its compiled step, and the report.
+def compile_step(
+    config: FrozenConfigDict,
+) -> tuple[Job, jax.stages.Lowered, jax.stages.Compiled, dict[str, Any]]:
+    """The job on the config's topology, its step before and after compilation, and the report.
 
     Raises:
         ValueError: an unknown topology, a config that does not fit it, or no compiler.
@@ -28,7 +29,7 @@ def compile_step(config: FrozenConfigDict) -> tuple[Job, jax.stages.Compiled, di
     lowered = lower(job)
     begin = time.perf_counter()
     compiled = lowered.compile()
-    return job, compiled, report.report(job, topology, compiled, time.perf_counter() - begin)
+    return job, lowered, compiled, report.report(job, topology, compiled, time.perf_counter() - begin)
 
 
 def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str], None]) -> int:
@@ -39,7 +40,7 @@ def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str]
     """
     if config.sweep:
         return _sweep(config, arguments, emit)
-    job, compiled, found = compile_step(config)
+    job, lowered, compiled, found = compile_step(config)
     for line in report.describe(found):
         emit(line)
     path = job.directory / "compile" / f"{config.compile_topology}.json"
@@ -48,9 +49,8 @@ def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str]
     emit(f"The same as JSON: {path}")
     if config.compiled_trainstep_file:
         saved = Path(config.compiled_trainstep_file).expanduser()
-        payload, _, _ = serialize_executable.serialize(compiled)
-        saved.write_bytes(payload)
-        emit(f"Executable: {saved} ({len(payload) / 2**20:.1f} MiB)")
+        size = executable.save(saved, job, lowered, compiled)
+        emit(f"Executable: {saved} ({size / 2**20:.1f} MiB); train.py with the same keys loads it")
     return 0 if found["memory"]["fits"] else 1
 
 
