@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,44 +15,48 @@ from MaxText.aot import executable, report, sweep, topologies
 from MaxText.job import Job, lower, make_job
 
 
-def compile_step(
-    config: FrozenConfigDict,
-) -> tuple[Job, jax.stages.Lowered, jax.stages.Compiled, dict[str, Any]]:
-    """The job on the config's topology, its step before and after compilation, and the report.
-
-    Raises:
-        ValueError: an unknown topology, a config that does not fit it, or no compiler.
-        jax.errors.JaxRuntimeError: the compiler refuses, for want of memory as a rule.
-    """
-    topology = _topology(config)
-    devices = topologies.devices(topology, config.compile_topology_num_slices)
-    job, _ = make_job(config, devices).settled(num_windows=None)
-    lowered = lower(job)
-    begin = time.perf_counter()
-    compiled = lowered.compile()
-    return job, lowered, compiled, report.report(job, topology, compiled, time.perf_counter() - begin)
-
-
 def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str], None]) -> int:
     """Compiles, prints the report in words, and writes it as JSON; the exit code says whether the step fits.
 
     Args:
         arguments: the command line that gave the config; a sweep repeats it.
+
+    Raises:
+        ValueError: an unknown topology, a config that does not fit it, or no compiler.
+        jax.errors.JaxRuntimeError: the compiler refuses, and not for want of memory.
     """
     if config.sweep:
         return _sweep(config, arguments, emit)
-    job, lowered, compiled, found = compile_step(config)
+    topology = _topology(config)
+    devices = topologies.devices(topology, config.compile_topology_num_slices)
+    job, _ = make_job(config, devices).settled(num_windows=None)
+    lowered = lower(job)
+    compiled, found = _compiled(job, lowered, topology)
     for line in report.describe(found):
         emit(line)
     path = job.directory / "compile" / f"{config.compile_topology}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     emit(f"The same as JSON: {path}")
-    if config.compiled_trainstep_file:
+    if compiled is not None and config.compiled_trainstep_file:
         saved = Path(config.compiled_trainstep_file).expanduser()
         size = executable.save(saved, job, lowered, compiled)
         emit(f"Executable: {saved} ({size / 2**20:.1f} MiB); train.py with the same keys loads it")
     return 0 if found["memory"]["fits"] else 1
+
+
+def _compiled(
+    job: Job, lowered: jax.stages.Lowered, topology: topologies.Topology
+) -> tuple[jax.stages.Compiled | None, dict[str, Any]]:
+    """The step and the report; no step where memory does not suffice."""
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search(r"RESOURCE_EXHAUSTED.*memory (on|in memory space) hbm", str(error), re.IGNORECASE):
+            raise
+        return None, report.refusal(job, topology, str(error), time.perf_counter() - begin)
+    return compiled, report.report(job, topology, compiled, time.perf_counter() - begin)
 
 
 def _topology(config: FrozenConfigDict) -> topologies.Topology:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,7 @@ def report(job: Job, topology: Topology, compiled: jax.stages.Compiled, seconds:
     step = spent.matmul_seconds + spent.memory_seconds + spent.pallas_seconds + spent.exposed_seconds
     model_flops = train_report.model_flops_per_token(job.config) * job.tokens_per_step / job.mesh.size
     return {
-        "topology": topology.name,
-        "devices": job.mesh.size,
-        "mesh": dict(job.mesh.shape),
-        "parameters": flops.count_parameters(job.abstract_state.params).total,
-        "tokens_per_step": job.tokens_per_step,
-        "compile_seconds": round(seconds, 1),
+        **_heading(job, topology, seconds),
         "memory": _memory(job, compiled, module, chip.hbm_bytes),
         "model_flops_per_device": model_flops,
         "peak_flops": chip.peak_flops,
@@ -86,27 +82,80 @@ def report(job: Job, topology: Topology, compiled: jax.stages.Compiled, seconds:
     }
 
 
+def refusal(job: Job, topology: Topology, error: str, seconds: float) -> dict[str, Any]:
+    """The numbers of a step that the compiler refuses for want of HBM: by arithmetic, and what its error tells.
+
+    Args:
+        error: the compiler's, in which it may list its largest allocations.
+    """
+    memory = {"fits": False, "limit": topology.chip.hbm_bytes, "refused": error.splitlines()[0].rstrip(".")}
+    return {
+        **_heading(job, topology, seconds),
+        "memory": memory | _state_bytes(job) | {"largest": allocations(error)},
+    }
+
+
+def allocations(error: str) -> list[dict[str, Any]]:
+    """The allocations that the compiler lists where memory runs out, the largest first; empty where it lists none."""
+    found = []
+    for entry in re.split(r"\n\s*\d+\. Size: ", error)[1:]:
+        size = re.match(r"([\d.]+)([KMG]?)", entry)
+        array = re.search(r"Shape: (\w+\[[\d,]*\])", entry)
+        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', entry)
+        name = re.search(r'op_name="([^"]*)"', entry)
+        if size and array:
+            place = f"{source[1].removeprefix(ROOT).lstrip('/')}:{source[2]}" if source else name[1] if name else ""
+            scale = 2 ** {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]
+            found.append({"bytes": int(float(size[1]) * scale), "array": array[1], "source": place})
+    return found[:LARGEST]
+
+
+def _heading(job: Job, topology: Topology, seconds: float) -> dict[str, Any]:
+    return {
+        "topology": topology.name,
+        "devices": job.mesh.size,
+        "mesh": dict(job.mesh.shape),
+        "parameters": flops.count_parameters(job.abstract_state.params).total,
+        "tokens_per_step": job.tokens_per_step,
+        "compile_seconds": round(seconds, 1),
+    }
+
+
 def describe(found: Mapping[str, Any]) -> list[str]:
     """The report in words."""
-    memory, seconds, bounds = found["memory"], found["estimated_seconds"], found["bounds_seconds"]
+    lines = _describe_memory(found)
+    return lines if "refused" in found["memory"] else lines + _describe_cost(found)
+
+
+def _describe_memory(found: Mapping[str, Any]) -> list[str]:
+    memory = found["memory"]
+    refused = memory.get("refused")
+    peak = refused or f"{_size(memory['peak'])} at the peak"
+    temporary = "" if refused else f", temporary {_size(memory['temporary'])}"
     lines = [
         f"{found['topology']}: {found['devices']} devices, mesh "
         + " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
         + f"; compiled in {found['compile_seconds']} s",
         f"{found['parameters']:,} parameters; {found['tokens_per_step']:,} tokens a step",
-        f"Memory per device: {'fits' if memory['fits'] else 'DOES NOT FIT'}: {_size(memory['peak'])} at the peak, of "
-        f"{_size(memory['limit'])}; parameters {_size(memory['parameters'])}, optimizer {_size(memory['optimizer'])}, "
-        f"temporary {_size(memory['temporary'])}",
-        f"The {len(memory['largest'])} largest arrays, which need not be alive at once:",
-        *(f"{_size(b['bytes']):>12}  {b['array']}  {b['source']}" for b in memory["largest"]),
+        f"Memory per device: {'fits' if memory['fits'] else 'DOES NOT FIT'}: {peak}, of {_size(memory['limit'])}; "
+        f"parameters {_size(memory['parameters'])}, optimizer {_size(memory['optimizer'])}, gradients "
+        f"{_size(memory['gradients'])}{temporary}",
     ]
-    if memory["peak"] > 0.9 * memory["limit"]:
+    if memory["largest"]:
+        lines.append(f"The {len(memory['largest'])} largest arrays, which need not be alive at once:")
+    lines += [f"{_size(b['bytes']):>12}  {b['array']}  {b['source']}" for b in memory["largest"]]
+    if refused or memory["peak"] > 0.9 * memory["limit"]:
         lines.append(
             "To need less: remat_policy=full, a smaller per_device_batch_size with more gradient_accumulation_steps, "
             "a larger num_vocab_tiling, or more devices along fsdp"
         )
+    return lines
+
+
+def _describe_cost(found: Mapping[str, Any]) -> list[str]:
+    seconds, bounds = found["estimated_seconds"], found["bounds_seconds"]
     rate = found["estimated_tokens_per_second_per_device"]
-    lines += [
+    lines = [
         f"Work per device: {found['model_flops_per_device'] / 1e12:.3f} TFLOP of the model, at "
         f"{found['peak_flops'] / 1e12:.0f} TFLOP/s (the denominator of MFU) at least {_ms(bounds['flops'])}; weights, "
         f"optimizer state and layer inputs through HBM once, at least {_ms(bounds['hbm'])}",
@@ -150,8 +199,7 @@ def _memory(job: Job, compiled: jax.stages.Compiled, module: hlo.Module, limit: 
         "fits": stats.peak_memory_in_bytes <= limit,
         "limit": limit,
         "peak": stats.peak_memory_in_bytes,
-        "parameters": _device_bytes(job.abstract_state.params),
-        "optimizer": _device_bytes(job.abstract_state.opt_state),
+        **_state_bytes(job),
         "temporary": stats.temp_size_in_bytes,
         "largest": _largest_arrays(module),
     }
@@ -171,6 +219,17 @@ def _largest_arrays(module: hlo.Module) -> list[dict[str, Any]]:
         {"bytes": size, "array": f"{dtype}[{','.join(map(str, dims))}]", "source": source}
         for (source, dtype, dims), size in ranked
     ]
+
+
+def _state_bytes(job: Job) -> dict[str, int]:
+    """Bytes on one device, by arithmetic; gradients are float32."""
+    params = job.abstract_state.params
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), params)
+    return {
+        "parameters": _device_bytes(params),
+        "optimizer": _device_bytes(job.abstract_state.opt_state),
+        "gradients": _device_bytes(whole),
+    }
 
 
 def _device_bytes(tree: Any) -> int:

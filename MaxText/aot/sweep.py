@@ -115,8 +115,9 @@ def table(ranking: list[tuple[dict[str, str], dict[str, Any]]]) -> list[str]:
     lines = [f"{'est. tokens/s/device':>20} {'est. MFU':>8} {'peak GiB':>8}  variant"]
     for overrides, found in ranking:
         words = " ".join(f"{key}={value}" for key, value in overrides.items())
-        if "error" in found:
-            lines.append(f"{'-':>20} {'-':>8} {'-':>8}  {words}: {found['error']}")
+        if "estimated_mfu" not in found:
+            why = found.get("error") or f"does not fit: {found['memory']['refused']}"
+            lines.append(f"{'-':>20} {'-':>8} {'-':>8}  {words}: {why}")
             continue
         speed = f"{found['estimated_tokens_per_second_per_device']:,.0f}" if fits(found) else "does not fit"
         memory = found["memory"]["peak"] / 2**30

@@ -44,6 +44,8 @@ def compiled(case: str) -> dict[str, Any]:
 def facts(case: str, found: dict[str, Any]) -> list[str]:
     """The lines of one paragraph: what a change of sharding, memory or kernels would alter."""
     memory = found["memory"]
+    if "refused" in memory:
+        return [f"{case}: does not fit: {memory['refused']}"]
     lines = [
         f"{case}: {'fits' if memory['fits'] else 'does not fit'}, {_size(memory['peak'])} at the peak",
         *(f"  {c['count']} x {c['kind']} over {c['axes']}, {_size(c['bytes'])}" for c in found["collectives"]),
