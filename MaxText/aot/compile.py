@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import FrozenConfigDict
 
+from MaxText import train_report
 from MaxText.aot import executable, report, sweep, topologies
 from MaxText.job import Job, lower, make_job
 
@@ -66,9 +67,13 @@ def _topology(config: FrozenConfigDict) -> topologies.Topology:
 
 
 def _sweep(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str], None]) -> int:
-    devices = _topology(config).chips * config.compile_topology_num_slices
-    values = config.to_dict()
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:8]
     directory = Path(config.base_output_directory).expanduser() / config.run_name
-    folder = directory / "compile" / f"sweep-{config.compile_topology}-{digest}"
-    return sweep.run(config, arguments, folder, devices, emit)
+    folder = directory / "compile" / f"sweep-{config.compile_topology}-{sweep_digest(config)}"
+    return sweep.run(config, arguments, folder, _topology(config).chips, emit)
+
+
+def sweep_digest(config: FrozenConfigDict) -> str:
+    """What the results of a sweep hang on beside the swept values: the other keys, versions, the commit if known."""
+    values = {key: value for key, value in config.to_dict().items() if key != "sweep"}
+    basis = [values, executable.versions(), train_report.git_commit(report.ROOT)]
+    return hashlib.sha256(json.dumps(basis, sort_keys=True, default=str).encode()).hexdigest()[:8]

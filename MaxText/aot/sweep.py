@@ -24,7 +24,7 @@ def variants(config: FrozenConfigDict, devices: int) -> list[dict[str, str]]:
     """Every combination of the sweep's values, as overrides.
 
     Args:
-        devices: of the topology; `auto` tries data and fsdp meshes over them.
+        devices: of one slice; `auto` tries data and fsdp meshes over them.
 
     Raises:
         ValueError: the sweep is not written as key=value,value;key=value,value.
@@ -64,10 +64,14 @@ def run(
     for number, overrides in enumerate(chosen, 1):
         words = [f"{key}={value}" for key, value in overrides.items()]
         path = folder / f"{'+'.join(words).replace('/', '_')}.json"
-        if not path.exists():
+        if path.exists():
+            found = json.loads(path.read_text())
+        else:
             emit(f"{number} of {len(chosen)}: {' '.join(words)}")
-            path.write_text(json.dumps(_compiled(arguments, overrides), indent=1) + "\n")
-        results.append((overrides, json.loads(path.read_text())))
+            found = _compiled(arguments, overrides)
+            if found.get("exit_code", 0) >= 0:
+                _keep(path, found)
+        results.append((overrides, found))
     ranking = rank(results)
     for line in table(ranking):
         emit(line)
@@ -80,8 +84,15 @@ def run(
     return 0
 
 
+def _keep(path: Path, found: dict[str, Any]) -> None:
+    """Writes a result, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+
+
 def _compiled(arguments: Sequence[str], overrides: dict[str, str]) -> dict[str, Any]:
-    """The report of one variant, or why there is none."""
+    """The report of one variant, or why there is none; a negative exit code is that of a process that was killed."""
     words = {"sweep": "", "compiled_trainstep_file": "", **overrides}
     kept = [argument for argument in arguments if argument.partition("=")[0] not in words]
     command = [sys.executable, str(_TRAIN_COMPILE), *kept, *(f"{key}={value}" for key, value in words.items())]
@@ -92,7 +103,10 @@ def _compiled(arguments: Sequence[str], overrides: dict[str, str]) -> dict[str, 
             return json.loads(Path(line.removeprefix(marker)).read_text())
     lines = done.stderr.splitlines()
     begin = next((index for index, line in enumerate(lines) if "error" in line.lower()), 0)
-    return {"error": " ".join(lines[begin : begin + 3])[:500] or f"the compiler ended with code {done.returncode}"}
+    said = " ".join(lines[begin : begin + 3])[:500]
+    if done.returncode < 0:
+        said = f"ended by signal {-done.returncode}, to be tried again: {said}"
+    return {"error": said or f"the compiler ended with code {done.returncode}", "exit_code": done.returncode}
 
 
 def fits(found: dict[str, Any]) -> bool:

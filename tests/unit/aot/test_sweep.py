@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from MaxText.aot import sweep
+from MaxText.aot import compile as aot_compile
+from MaxText.aot import executable, sweep
 from tests import support
 
 
@@ -74,5 +75,52 @@ def test_a_variant_replaces_what_the_command_line_said(monkeypatch):
     ended = subprocess.CompletedProcess([], 2, stdout="", stderr="2 errors in the config:\n  one\n  two\n  three\n")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or ended)
     arguments = ["x.yml", "sweep=remat_policy=none,full", "remat_policy=minimal", "steps=3"]
-    assert sweep._compiled(arguments, {"remat_policy": "full"}) == {"error": "2 errors in the config:   one   two"}
+    refused = {"error": "2 errors in the config:   one   two", "exit_code": 2}
+    assert sweep._compiled(arguments, {"remat_policy": "full"}) == refused
     assert commands[0][2:] == ["x.yml", "steps=3", "sweep=", "compiled_trainstep_file=", "remat_policy=full"]
+
+
+def test_what_was_killed_is_tried_again_and_what_is_kept_is_whole(tmp_path, monkeypatch):
+    codes = [-9, 1]
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, codes.pop(0), stdout="", stderr="")
+    )
+    config, lines = support.small_config(sweep="per_device_batch_size=2"), []
+    for _ in range(3):
+        assert sweep.run(config, ["x.yml"], tmp_path, 1, lines.append) == 1
+    assert not codes
+    tried = [line for line in lines if "ended" in line]
+    assert "ended by signal 9, to be tried again" in tried[0]
+    assert all("the compiler ended with code 1" in line for line in tried[1:])
+    assert {path.name for path in tmp_path.iterdir()} == {"per_device_batch_size=2.json", "sweep.svg"}
+
+
+def test_a_kill_while_a_result_is_written_leaves_none(tmp_path, monkeypatch):
+    def half(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_compiled", lambda *_: report(1.0, 1))
+    monkeypatch.setattr(sweep.Path, "write_text", half)
+    config = support.small_config(sweep="per_device_batch_size=2")
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(config, ["x.yml"], tmp_path, 1, lambda line: None)
+    monkeypatch.undo()
+    monkeypatch.setattr(sweep, "_compiled", lambda *_: report(1.0, 1))
+    assert sweep.run(config, ["x.yml"], tmp_path, 1, lambda line: None) == 0
+
+
+def test_results_hang_on_the_versions_and_the_commit_and_not_on_the_list_of_values(monkeypatch):
+    digest = aot_compile.sweep_digest(support.small_config(sweep="per_device_batch_size=2"))
+    assert digest == aot_compile.sweep_digest(support.small_config(sweep="per_device_batch_size=2,4"))
+    assert digest != aot_compile.sweep_digest(support.small_config(steps=21))
+    monkeypatch.setattr(executable, "versions", lambda: "jax 9.9")
+    assert digest != aot_compile.sweep_digest(support.small_config())
+
+
+def test_auto_splits_the_weights_over_one_slice(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "run", lambda config, arguments, folder, devices, emit: seen.append(devices) or 0)
+    slices = {"compile_topology": "v5e-8", "compile_topology_num_slices": 2, "dcn_data_parallelism": 2}
+    aot_compile.run(support.small_config(sweep="auto", **slices), [], print)
+    assert seen == [8]
