@@ -94,6 +94,13 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
 def _expected_loss(config: FrozenConfigDict) -> str:
     size = tokenizer.num_token_ids(config)
     line = f"Expected loss at initialization: ln({size:,}) = {math.log(size):.3f}"
+    if config.logits_via_embedding and config.residual_init_scale == 0:
+        # The state is the token's own embedding, normalized: its own logit is D times the standard deviation.
+        stddev, dim = config.initializer_range, config.base_emb_dim
+        total = (size - 1) * math.exp(stddev**2 * dim / 2) + math.exp(stddev * dim)
+        line += (
+            f"; up to {math.log(total):.3f}, as layers that add nothing yet leave each token its own likeliest next one"
+        )
     if config.mtp_num_layers:
         both = (1 + config.mtp_loss_scaling_factor) * math.log(size)
         line += f" for the next token, {both:.3f} with multi-token prediction"
