@@ -1,4 +1,4 @@
-"""MFU of this machine's TPUs (or GPUs) in one command, beside what the TPU compiler led us to expect.
+"""MFU of this machine's TPUs in one command, beside what the TPU compiler led us to expect.
 
 .venv/bin/python benchmarks/mfu.py                        # on the machine: trains each case for 30 steps
 .venv/bin/python benchmarks/mfu.py --estimate v5e-8       # on any machine: the estimates, by the compiler alone

@@ -3,6 +3,9 @@
 In and out are as in `attention_reference`; which implementation serves depends on the devices of the current mesh.
 """
 
+import functools
+import logging
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -13,6 +16,8 @@ from MaxText.kernels.attention_reference import RESIDUALS, attention_reference
 
 IMPLEMENTATIONS = ("dot_product", "blocked", "flash", "splash")
 SPLASH_BLOCK = 512
+
+Shape = tuple[int, int, int, int, int]  # length of a row, maps, keys for them, head dim, value width
 
 
 def attention(
@@ -39,7 +44,7 @@ def attention(
     """
     if isinstance(segment_ids, CachedRows):
         return attention_cached(query, key, value, segment_ids)
-    name = chosen(implementation, platform(), query.shape[-1])
+    name = serving(implementation, (query.shape[1], 1, 1, query.shape[-1], value.shape[-1]), query.dtype.name)
     if name in ("dot_product", "blocked"):
         serve = attention_reference if name == "dot_product" else attention_blocked
         return checkpoint_name(serve(query, key, value, segment_ids), RESIDUALS)
@@ -74,6 +79,26 @@ def chip() -> str:
     """What kind of devices the current mesh has, as JAX calls it; empty where there is no mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None else device.device_kind
+
+
+def serving(implementation: str, shape: Shape, dtype: str) -> str:
+    """As `chosen`, on the current mesh; of rows too long for flash `autoselected` takes splash, and says so once."""
+    name = chosen(implementation, platform(), shape[3])
+    if implementation == "autoselected" and name == "flash":
+        return "flash" if _flash_serves(chip(), shape, dtype) else "splash"
+    return name
+
+
+@functools.cache
+def _flash_serves(chip: str, shape: Shape, dtype: str) -> bool:
+    from MaxText.kernels import flash_blocks
+
+    try:
+        flash_blocks.plan(chip, *shape, dtype, interpret=False)
+    except ValueError as error:
+        logging.getLogger(__name__).warning("attention=autoselected takes splash: %s", error)
+        return False
+    return True
 
 
 def chosen(implementation: str, platform: str, head_dim: int) -> str:

@@ -7,7 +7,7 @@ subtracted in float32. On TPUs one kernel computes both maps; elsewhere each is 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from MaxText.kernels.attention import attention, chip, chosen, platform
+from MaxText.kernels.attention import attention, chip, serving
 from MaxText.kernels.attention_cached import CachedRows
 
 
@@ -37,7 +37,8 @@ def differential_attention(
         context = attention(both, key[:, :, 0], value, segment_ids, implementation=implementation, **axes)
         pairs = context.reshape(batch, length, heads, 2, -1).astype(jnp.float32)
         return (pairs[..., 0, :] - weight[..., None] * pairs[..., 1, :]).astype(query.dtype)
-    if not isinstance(segment_ids, CachedRows) and chosen(implementation, platform(), query.shape[-1]) == "flash":
+    shape = (query.shape[1], 2, key.shape[2], query.shape[-1], value.shape[-1])
+    if not isinstance(segment_ids, CachedRows) and serving(implementation, shape, query.dtype.name) == "flash":
         from MaxText.kernels.attention_flash import differential_flash  # here: importing Pallas takes a quarter second
 
         return differential_flash(query, key, value, weight, segment_ids, **axes, chip=chip(), interpret=False)

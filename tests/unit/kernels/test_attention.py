@@ -1,6 +1,8 @@
 """The attention entry point against a loop over positions in float64; differential attention, the difference of two."""
 
 import json
+import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,23 @@ def test_what_cannot_serve_is_refused_with_all_reasons():
 def test_tpus_get_the_kernel_where_it_serves():
     assert attention.chosen("autoselected", "tpu", 64) == "flash"
     assert attention.chosen("autoselected", "tpu", 40) == attention.chosen("autoselected", "cpu", 64) == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "longest"),
+    [("TPU v5 lite", (1, 1, 128, 128), 24576), ("TPU v6 lite", (2, 2, 128, 256), 8192)],
+)
+def test_rows_too_long_for_flash_get_splash_and_a_line(kind, shape, longest, monkeypatch, caplog):
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "chip", lambda: kind)
+    attention._flash_serves.cache_clear()
+    for length, name in ((longest, "flash"), (2 * longest, "splash"), (2 * longest, "splash")):
+        assert attention.serving("autoselected", (length, *shape), "bfloat16") == name
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith(
+        f"attention=autoselected takes splash: attention=flash cannot serve max_target_length={2 * longest}"
+    )
+    assert attention.serving("flash", (2 * longest, *shape), "bfloat16") == "flash"  # which then refuses in words
 
 
 def check_against_reference(implementation, query, key, value, segment_ids, dtype, mesh):
@@ -208,3 +227,11 @@ def test_the_table_stays_within_the_vmem_that_is_asked_for(row):
         blocks = flash.Blocks(*row[which]["blocks"])
         shape = (row["length"], row["maps"], row["keys"], row["head_dim"], row["width"], 2)
         assert row[which]["vmem"] <= flash_blocks.vmem_bytes(blocks, *shape) <= 100 * 2**20
+
+
+def test_every_row_of_the_table_can_be_measured_again(monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    source = runpy.run_path(str(support.ROOT / "benchmarks" / "flash_blocks.py"))
+    for row in json.loads(flash_blocks.PATH.read_text()):
+        for which in ("forward", "backward"):
+            assert tuple(row[which]["blocks"]) in source["CANDIDATES"][row["length"]], row
