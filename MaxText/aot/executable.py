@@ -7,6 +7,7 @@ says how it differs and compiles. The executable is code and is run: load no fil
 import hashlib
 import importlib.util
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jax.experimental import serialize_executable
 
 from MaxText import compiler_options, hardware
 from MaxText.job import Job
+from MaxText.kernels import flash
 
 
 def save(path: Path, job: Job, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> int:
@@ -80,5 +82,12 @@ def _identity(job: Job, lowered: jax.stages.Lowered) -> dict[str, str]:
         "the topology": f"{kind}, {' x '.join(map(str, devices.shape))}",
         "the versions": versions(),
         "the compiler options": " ".join(f"{name}={value}" for name, value in options.items()),
-        "the program": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
+        "the program": _digest(lowered.as_text()),
     }
+
+
+def _digest(program: str) -> str:
+    """Of a lowered program; of its kernels the sources, because a kernel's body holds paths of this machine."""
+    kernels = sorted(path for path in Path(flash.__file__).parent.iterdir() if path.suffix in (".py", ".json"))
+    parts = [re.sub(r"\\22body\\22: \\22[^\\]*", "", program).encode(), *(path.read_bytes() for path in kernels)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
