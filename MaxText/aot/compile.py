@@ -29,13 +29,14 @@ def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str]
     if config.sweep:
         return _sweep(config, arguments, emit)
     topology = _topology(config)
-    devices = topologies.devices(topology, config.compile_topology_num_slices)
-    job, _ = make_job(config, devices).settled(num_windows=None)
+    slices = config.compile_topology_num_slices
+    job, _ = make_job(config, topologies.devices(topology, slices)).settled(num_windows=None)
     lowered = lower(job)
     compiled, found = _compiled(job, lowered, topology)
     for line in report.describe(found):
         emit(line)
-    path = job.directory / "compile" / f"{config.compile_topology}.json"
+    name = f"{config.compile_topology}-{slices}slices" if slices > 1 else config.compile_topology
+    path = job.directory / "compile" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     emit(f"The same as JSON: {path}")

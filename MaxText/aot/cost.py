@@ -9,13 +9,18 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 
 from MaxText.aot.hlo import Instruction, Module, Shape
 from MaxText.kernels import flash_blocks
 
 CYCLES_PER_SECOND = {"v5e": 1.5e9, "v6e": 1.75e9}  # the clock of the compiler's own schedules
 DEVICE_KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # as JAX calls them
-ICI_BYTES_PER_SECOND = {"v5e": 200e9, "v6e": 448e9}  # of a chip, all links; Google Cloud TPU v5e and v6e architecture
+# What a chip sends in a ring: over two of its four links. Google Cloud's pages on TPU v5e and v6e give 1,600 and 3,200
+# Gbit/s for all four, and for the data-centre network 6.4 and 25.6 Tbit/s for the 256 chips of a pod.
+ICI_BYTES_PER_SECOND = {"v5e": 2 * 1600e9 / 8 / 4, "v6e": 2 * 3200e9 / 8 / 4}
+DCN_BYTES_PER_SECOND = {"v5e": 6.4e12 / 8 / 256, "v6e": 25.6e12 / 8 / 256}
+DCN = "dcn "  # begins the kind of a collective between slices
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier"}
@@ -51,19 +56,27 @@ class Cost:
         return sum(c.exposed_seconds for c in self.collectives.values())
 
 
-def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, int]) -> Cost:
+def account(
+    module: Module,
+    family: str,
+    hbm_bandwidth: float,
+    axes: dict[str, int],
+    slices: Mapping[str, int] | None = None,
+) -> Cost:
     """The cost of one step.
 
     Args:
         family: v5e or v6e.
         hbm_bandwidth: bytes/s of one chip.
-        axes: mesh axis -> size, in the order the devices are numbered.
+        axes: mesh axis -> size within a slice, in the order the devices are numbered.
+        slices: mesh axis -> slices along it; None for one slice.
     """
     clock = CYCLES_PER_SECOND[family]
     plain = matmul_cycles = memory_bytes = hidden_bytes = pallas_bytes = 0
     kernels: dict[str, int] = defaultdict(int)
     collectives: dict[tuple[str, str], Collective] = defaultdict(Collective)
-    started: dict[str, float] = {}  # an asynchronous operation -> the compute time at which it started
+    arrives: dict[str, float] = {}  # a collective under way -> the time at which it has been sent
+    free: dict[bool, float] = defaultdict(float)  # between slices or within -> the time from which nothing is sent
     unknown: set[str] = set()
     elapsed = pallas_seconds = 0.0
     for instruction, times in module.scheduled():
@@ -72,20 +85,22 @@ def account(module: Module, family: str, hbm_bandwidth: float, axes: dict[str, i
         if opcode in _FREE:
             continue
         found = _collective(module, instruction)
-        if opcode.endswith("-start"):
-            started[instruction.name] = elapsed
-        elif found is not None and found.phase == "start":
-            started[found.chain] = elapsed
-        elif found is not None and found.phase != "middle":
-            axes_of_group, members = _groups(found.instruction, axes)
-            moved = sum(shape.bytes for shape in found.shapes)
-            seconds = moved * _traffic(found.kind, members) / ICI_BYTES_PER_SECOND[family]
-            hidden = elapsed - started.get(found.chain, elapsed)
+        if found is not None and found.phase != "middle":
+            axes_of_group, seconds = _sent(found, family, axes, slices or {})
+            if found.chain not in arrives:
+                arrives[found.chain] = free[found.is_dcn] = max(elapsed, free[found.is_dcn]) + seconds
+            if found.phase == "start":
+                continue
+            exposed = max(0.0, arrives.pop(found.chain) - elapsed)
+            elapsed += exposed
             total = collectives[found.kind, axes_of_group]
             total.count += times
-            total.bytes += moved * times
+            total.bytes += sum(shape.bytes for shape in found.shapes) * times
             total.seconds += seconds * times
-            total.exposed_seconds += max(0.0, seconds - hidden) * times
+            total.exposed_seconds += exposed * times
+            hidden_bytes += sum(shape.bytes for shape in (*found.operands, *found.shapes) if shape.in_hbm) * times
+        elif opcode.endswith("-start") or (found is not None and found.is_dcn):
+            continue
         elif opcode.endswith("-done"):
             hidden_bytes += sum(shape.bytes for shape in instruction.shapes) * times
         elif opcode == "custom-call":
@@ -142,7 +157,7 @@ def _is_matmul(module: Module, instruction: Instruction) -> bool:
 
 
 def _bytes(module: Module, instruction: Instruction) -> int:
-    """What crosses the memory bus: operands and results in HBM; of a stacked array, the slice that is touched."""
+    """What crosses the memory bus: operands and results in HBM; of a stacked array or a table, what is touched."""
     called = instruction.called("calls") if instruction.opcode == "fusion" else []
     body = module.computations[called[0]] if called else ()
     inside = {i.name: i for i in body}
@@ -153,7 +168,9 @@ def _bytes(module: Module, instruction: Instruction) -> int:
         if len(shapes) != 1 or not shapes[0].in_hbm:
             continue
         users = [i for i in body if parameters.get(index) in i.operands] if body else [instruction]
-        if users and all(i.opcode == "dynamic-slice" and i.operands[0] == parameters.get(index, name) for i in users):
+        if users and all(
+            i.opcode in ("dynamic-slice", "gather") and i.operands[0] == parameters.get(index, name) for i in users
+        ):
             total += sum(shape.bytes for i in users for shape in i.shapes)
         elif users and all(
             i.opcode == "dynamic-update-slice" and i.operands[0] == parameters.get(index, name) for i in users
@@ -182,37 +199,81 @@ class _Found:
     phase: str  # start, middle: beside a matrix product, done, or whole
     chain: str  # what its start and its end have in common
     instruction: Instruction  # with the groups
+    operands: tuple[Shape, ...]
     shapes: tuple[Shape, ...]  # of the result
+
+    @property
+    def is_dcn(self) -> bool:
+        """Whether it is sent between slices."""
+        return self.kind.startswith(DCN)
 
 
 def _collective(module: Module, instruction: Instruction) -> _Found | None:
     """The collective in an instruction; None where there is none.
 
-    The compiler writes them in three ways: by themselves, as a pair of -start and -done, and as a chain of fusions: one
-    that starts, matrix products meanwhile, and one that ends.
+    The compiler writes them in four ways: by themselves, as a pair of -start and -done, as a chain of fusions: one
+    that starts, matrix products meanwhile, and one that ends; and between slices as a send and a recv of one name.
     """
     begin = instruction
     if instruction.opcode.endswith("-done") and instruction.operands:
         begin = module.instructions[instruction.operands[0]]
+    if begin.opcode in ("send", "recv"):
+        return _between_slices(instruction, begin)
     for kind in _COLLECTIVES:
         if begin.opcode in (kind, f"{kind}-start"):
-            return _Found(kind, "done", begin.name, begin, instruction.shapes)
+            operands, results = _operands(module, begin), instruction.shapes
+            if instruction.opcode.endswith("-start"):  # its own result may have the operands before the results
+                results = results[len(operands) : 2 * len(operands)] or results
+            return _Found(kind, _phase(instruction), begin.name, begin, operands, results)
     called = begin.called("calls") if begin.opcode in ("fusion", "async-start") else []
     body = module.computations[called[0]] if called else ()
     inner = next((i for i in body if i.opcode in _COLLECTIVES), None)
     if inner is None:
         return None
+    operands = _operands(module, inner)
     if begin is not instruction:
-        return _Found(inner.opcode, "done", begin.name, inner, instruction.shapes)
+        return _Found(inner.opcode, "done", begin.name, inner, operands, instruction.shapes)
     channel = re.search(r"channel_id=(\d+)", inner.attributes)
     chain = f"channel {channel[1]}" if channel else inner.name
     targets = {match[1] for i in body if (match := re.search(r'target="AsyncCollective(\w+)"', i.attributes))}
     if targets:
-        return _Found(inner.opcode, targets.pop().lower(), chain, inner, inner.shapes)
+        return _Found(inner.opcode, targets.pop().lower(), chain, inner, operands, inner.shapes)
     if _is_matmul(module, instruction):
-        return _Found(inner.opcode, "middle", chain, inner, inner.shapes)
+        return _Found(inner.opcode, "middle", chain, inner, operands, inner.shapes)
     kind = "reduce-scatter" if "all-reduce-scatter" in called[0] else inner.opcode
-    return _Found(kind, "whole", begin.name, inner, instruction.shapes)
+    shapes = inner.shapes if begin.opcode == "async-start" else instruction.shapes
+    return _Found(kind, _phase(instruction), begin.name, inner, operands, shapes)
+
+
+def _phase(instruction: Instruction) -> str:
+    ending = instruction.opcode.rpartition("-")[2]
+    return ending if ending in ("start", "done") else "whole"
+
+
+def _between_slices(instruction: Instruction, begin: Instruction) -> _Found | None:
+    """What a send starts and the end of the recv of its name ends; None for a transfer to the host."""
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', begin.attributes)
+    name = re.search(r'_rendezvous="([^"]*)"', begin.attributes)
+    if not transfer or not name:
+        return None
+    phase = {"send": "start", "recv-done": "done"}.get(instruction.opcode, "middle")
+    kind = DCN + transfer[1].lower().replace("_", "-")
+    return _Found(kind, phase, name[1], begin, instruction.shapes[:1], instruction.shapes[:1])
+
+
+def _operands(module: Module, instruction: Instruction) -> tuple[Shape, ...]:
+    return tuple(shape for name in instruction.operands for shape in module.instructions[name].shapes)
+
+
+def _sent(found: _Found, family: str, axes: dict[str, int], slices: Mapping[str, int]) -> tuple[str, float]:
+    """The mesh axes of a collective, and the seconds it takes on links that send nothing else."""
+    moved = sum(shape.bytes for shape in found.shapes)
+    if found.is_dcn:
+        crossed = "+".join(axis for axis, size in slices.items() if size > 1)
+        traffic = _traffic(found.kind.removeprefix(DCN), math.prod(slices.values()))
+        return crossed, moved * traffic / DCN_BYTES_PER_SECOND[family]
+    crossed, members = _groups(found.instruction, axes)
+    return crossed, moved * _traffic(found.kind, members) / ICI_BYTES_PER_SECOND[family]
 
 
 def _groups(instruction: Instruction, axes: dict[str, int]) -> tuple[str, int]:
@@ -240,7 +301,16 @@ def _strides(sizes: list[int]) -> list[int]:
 
 
 def _replica_groups(attributes: str, devices: int) -> list[list[int]]:
-    """The groups of devices: {{0,1},{2,3}}, or in short [2,4]<=[4,2]T(1,0), or mesh['a'=4,'b'=2] {'a'}."""
+    """The groups of devices: {{0,1},{2,3}}, or in short [2,4]<=[4,2]T(1,0), or mesh['a'=4,'b'=2] {'a'}; of a permute,
+    those that its pairs join.
+    """
+    if match := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", attributes):
+        joined: list[list[int]] = []
+        for pair in re.findall(r"(\d+),(\d+)", match[1]):
+            group = {int(device) for device in pair}
+            group |= {d for other in joined if group & set(other) for d in other}
+            joined = [other for other in joined if not group & set(other)] + [sorted(group)]
+        return joined
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
         import numpy as np
 

@@ -55,6 +55,12 @@ class Instruction:
         return [match[1] for match in found if match]
 
     @property
+    def branches(self) -> list[str]:
+        """The computations of a `conditional` with an index; as each may run, all are counted."""
+        found = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        return re.findall(r"[\w.\-]+", found[1]) if found else []
+
+    @property
     def estimated_cycles(self) -> int:
         """The compiler's own estimate; 0 where it has none."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
@@ -119,6 +125,8 @@ class Module:
                     yield from walk(instruction.called("body")[0], times * self.trip_count(instruction))
                 elif instruction.opcode in ("call", "conditional"):
                     for called in instruction.called("to_apply", "true_computation", "false_computation"):
+                        yield from walk(called, times)
+                    for called in instruction.branches:
                         yield from walk(called, times)
 
         return walk(self.entry, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from MaxText import compiler_options, flops, train_report
+from MaxText import compiler_options, config_rules, flops, train_report
 from MaxText.aot import cost, hlo
 from MaxText.aot.topologies import Topology
 from MaxText.job import Job
@@ -18,6 +18,7 @@ from MaxText.job import Job
 ROOT = str(Path(__file__).resolve().parents[2])
 LARGEST = 10
 _NO_ARRAY = {"tuple", "get-tuple-element", "bitcast", "while", "call", "conditional"}
+_Array = tuple[str, str, tuple[int, ...]]  # the line that makes it, dtype, dimensions
 TRUST = (
     "Estimated times are the compiler's cycle counts for matrix products, its simulator's for our Pallas kernels and "
     "published bandwidth for the rest; no TPU has confirmed them. What is known of them:"
@@ -27,6 +28,11 @@ CALIBRATION = (
     ("the same, v6e", "301,616 cycles counted, 279,025 simulated: 94% of the peak"),
     ("fusions with a matrix product", "0.98 to 1.4 x the simulator's cycles"),
     ("elementwise work and AdamW", "3 to 5 x the simulator's cycles: so bytes are counted instead"),
+    (
+        "collectives",
+        "assumed: one at a time, in a ring over two of a chip's four links (100 GB/s on v5e, 200 on v6e); between "
+        "slices 3.1 and 12.5 GB/s a chip",
+    ),
     ("a kernel that only copies", "2 x too fast in the simulator: so its bytes are the least that a kernel takes"),
 )
 
@@ -37,7 +43,9 @@ def report(job: Job, topology: Topology, compiled: jax.stages.Compiled, seconds:
     assert text is not None
     module = hlo.parse(text)
     chip = topology.chip
-    spent = cost.account(module, topology.family, chip.hbm_bandwidth, dict(job.mesh.shape))
+    slices = dict(zip(job.mesh.axis_names, config_rules.slices(job.config), strict=True))
+    within = {axis: size // slices[axis] for axis, size in job.mesh.shape.items()}
+    spent = cost.account(module, topology.family, chip.hbm_bandwidth, within, slices)
     step = spent.matmul_seconds + spent.memory_seconds + spent.pallas_seconds + spent.exposed_seconds
     model_flops = train_report.model_flops_per_token(job.config) * job.tokens_per_step / job.mesh.size
     return {
@@ -193,7 +201,7 @@ def least_hbm_bytes(job: Job) -> int:
 
 
 def _memory(job: Job, compiled: jax.stages.Compiled, module: hlo.Module, limit: int) -> dict[str, Any]:
-    stats = compiled.memory_analysis()
+    stats, arrays = compiled.memory_analysis(), arrays_in_hbm(module)
     assert stats is not None
     return {
         "fits": stats.peak_memory_in_bytes <= limit,
@@ -201,24 +209,36 @@ def _memory(job: Job, compiled: jax.stages.Compiled, module: hlo.Module, limit: 
         "peak": stats.peak_memory_in_bytes,
         **_state_bytes(job),
         "temporary": stats.temp_size_in_bytes,
-        "largest": _largest_arrays(module),
+        "largest": _largest(arrays),
+        "vocabulary_float32": vocabulary_float32(arrays, job.config.vocab_size),
     }
 
 
-def _largest_arrays(module: hlo.Module) -> list[dict[str, Any]]:
-    """The largest arrays in HBM, each with the line that makes it; not all of them are alive at once."""
-    found: dict[tuple[str, str, tuple[int, ...]], int] = {}
-    for instruction, _ in module.scheduled():
-        if instruction.opcode in _NO_ARRAY:
-            continue
-        for shape in instruction.shapes:
-            if shape.in_hbm:
-                found[module.source(instruction, ROOT), shape.dtype, shape.dims] = shape.bytes
-    ranked = sorted(found.items(), key=lambda item: -item[1])[:LARGEST]
-    return [
-        {"bytes": size, "array": f"{dtype}[{','.join(map(str, dims))}]", "source": source}
-        for (source, dtype, dims), size in ranked
-    ]
+def _largest(arrays: Mapping[_Array, int]) -> list[dict[str, Any]]:
+    """The largest arrays, each with the line that makes it; not all of them are alive at once."""
+    ranked = sorted(arrays.items(), key=lambda item: -item[1])[:LARGEST]
+    return [{"bytes": size, "array": _name(dtype, dims), "source": source} for (source, dtype, dims), size in ranked]
+
+
+def vocabulary_float32(arrays: Mapping[_Array, int], vocab_size: int) -> dict[str, int]:
+    """How many float32 arrays of each shape have a dimension as large as the vocabulary: all, not the largest ten."""
+    wide = [_name(dtype, dims) for _, dtype, dims in arrays if dtype == "f32" and max(dims, default=0) >= vocab_size]
+    return {name: wide.count(name) for name in sorted(set(wide))}
+
+
+def arrays_in_hbm(module: hlo.Module) -> dict[_Array, int]:
+    """The bytes of every array in HBM; several of one shape that one line makes count as one."""
+    return {
+        (module.source(instruction, ROOT), shape.dtype, shape.dims): shape.bytes
+        for instruction, _ in module.scheduled()
+        if instruction.opcode not in _NO_ARRAY
+        for shape in instruction.shapes
+        if shape.in_hbm
+    }
+
+
+def _name(dtype: str, dims: tuple[int, ...]) -> str:
+    return f"{dtype}[{','.join(map(str, dims))}]"
 
 
 def _state_bytes(job: Job) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The configs, compiled by the real TPU compiler: they fit, with the collectives, kernels and memory of the goldens."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -54,3 +55,8 @@ def test_two_slices_are_one_mesh(tmp_path):
     done = subprocess.run([*command, f"base_output_directory={tmp_path}"], cwd=support.ROOT, **RUN)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "16 devices, mesh data=2 x fsdp=8 x tensor=1" in done.stdout
+    (path,) = tmp_path.glob("*/compile/v5e-8-2slices.json")
+    collectives = {(c["kind"], c["axes"]): c for c in json.loads(path.read_text())["collectives"]}
+    assert {axes for kind, axes in collectives if not kind.startswith("dcn")} == {"fsdp"}
+    assert ("all-gather", "fsdp") in collectives
+    assert collectives["dcn all-reduce", "data"]["seconds"] > 0

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from MaxText.aot import compile as aot_compile
-from MaxText.aot import report, sweep, topologies
+from MaxText.aot import hlo, report, sweep, topologies
 from MaxText.job import lower, make_job
 from tests import support
 
@@ -70,3 +70,14 @@ def test_a_step_that_does_not_fit_is_reported_with_its_state_its_largest_arrays_
 def test_another_refusal_is_the_compilers_own(job, monkeypatch):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         aot_compile._compiled(job, refusing(job, monkeypatch, "INTERNAL: no such option"), topologies.parse("v5e-1"))
+
+
+def test_every_float32_array_as_large_as_the_vocabulary_is_counted():
+    def line(name, shape):
+        return f'  %{name} = {shape}{{1,0}} copy(%p), metadata={{op_name="{name}"}}'
+
+    lines = [line(f"copy.{number}", "f32[1000,8]") for number in range(11)]
+    lines += [line("half", "bf16[1000,8]"), line("logits", "f32[16,1024]"), line("small", "f32[999,8]")]
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n" + "\n".join(lines) + "\n}\n"
+    arrays = report.arrays_in_hbm(hlo.parse(text))
+    assert report.vocabulary_float32(arrays, 1000) == {"f32[1000,8]": 11, "f32[16,1024]": 1}
