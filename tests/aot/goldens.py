@@ -51,12 +51,14 @@ def facts(case: str, found: dict[str, Any]) -> list[str]:
         *(f"  {c['count']} x {c['kind']} over {c['axes']}, {_size(c['bytes'])}" for c in found["collectives"]),
         *(f"  {times} x {kernel}" for kernel, times in sorted(found["pallas_calls"].items())),
     ]
+    for array, count in memory["vocabulary_float32"].items():
+        lines.append(f"  as large as the vocabulary: {count} x {array}")
     return [*lines, *sorted(f"  large: {b['array']} from {_place(b['source'])}" for b in memory["largest"])]
 
 
 def _size(size: int) -> str:
-    """To two digits, so that a golden does not change with every edit."""
-    return f"{size / 2**30:.2g} GiB"
+    """To three digits: less would hide an array, more would change with every edit."""
+    return f"{size / 2**30:.3g} GiB"
 
 
 def _place(source: str) -> str:
