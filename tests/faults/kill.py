@@ -153,8 +153,9 @@ class Harness:
         command = self.command(name, asynchronous)
         process = subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, text=True, cwd="/")
         assert process.stdout is not None
-        after = self.random.uniform(0, 0.6 * self.seconds)
-        wait_for_a_step = self.random.random() < 0.75  # most instants would otherwise be before the first step
+        # Most instants would be before the first step: three in four are after some steps, however long those take.
+        wait_for = self.random.randint(1, 3 * PERIOD) if self.random.random() < 0.75 else 0
+        after = self.random.uniform(0, (0.1 if wait_for else 0.6) * self.seconds)
         lines: list[str] = []
         struck: list[tuple[str, float]] = []  # the phase, and when
 
@@ -162,14 +163,15 @@ class Harness:
             struck.append((self._phase(name, _steps(lines), started=bool(lines)), time.monotonic()))
             process.send_signal(self.number)
 
-        timer = threading.Timer(after / 4 if wait_for_a_step else after, strike)
-        if not wait_for_a_step:
+        timer = threading.Timer(after, strike)
+        if not wait_for:
             timer.start()
         for line in process.stdout:
             lines.append(line)
-            if wait_for_a_step and STEP.match(line):
-                wait_for_a_step = False
-                timer.start()
+            if STEP.match(line):
+                wait_for -= 1
+                if not wait_for:
+                    timer.start()
         code = process.wait()
         ended = time.monotonic()
         timer.cancel()
