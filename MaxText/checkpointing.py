@@ -169,8 +169,8 @@ class Checkpointer:
     def _is_epoch_end(self, step: int) -> bool:
         """By its own record, as a launch may have other epochs; what cannot be read is none of ours to delete."""
         try:
-            return step in json.loads((self._path(step) / "config.json").read_text()).get("epoch_ends", ())
-        except (OSError, ValueError):
+            return step in read_info(self._path(step)).get("epoch_ends", ())
+        except OSError:
             return True
 
     def _delete(self, step: int) -> None:

@@ -50,12 +50,11 @@ def cpu_multiplies_bfloat16() -> bool:
         return False
 
 
-def measure_matmul_flops(dtypes: Collection[str]) -> float:
+def measure_matmul_flops(dtypes: Collection[str], size: int = 768) -> float:
     """FLOP/s of a square product, summed in float32, on the default device: the best try of the best dtype."""
     import jax
     import jax.numpy as jnp
 
-    size = 768
     multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     seconds = []
     for dtype in dtypes:

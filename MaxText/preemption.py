@@ -96,9 +96,8 @@ class StopSignals:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._note(number)
         if self._giving_up:
-            signal.setitimer(
-                signal.ITIMER_REAL, _SECONDS_TO_TRY_AGAIN
-            )  # a finalizer's exceptions are lost, this one too
+            # A finalizer's exceptions are lost: if this one comes in one, it comes again.
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_TRY_AGAIN)
             raise Stopped
 
     def _note(self, number: int) -> None:

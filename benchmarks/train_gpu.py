@@ -34,17 +34,7 @@ RUNS = {
     "pythonlm_1b": (["configs/pythonlm_1b.yml", "dataset_type=embedded", "tokenizer_path="], 200),
 }
 COMPLETED = re.compile(r"completed step: \d+, .*?(?:TFLOP/s/device: ([\d.]+), )?Tokens/s/device: ([\d.]+)")
-MATMUL = """
-import time, jax, jax.numpy as jnp
-size, best = 8192 if jax.default_backend() == "gpu" else 1024, 0.0
-x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-product = jax.jit(lambda x: x @ x)
-for _ in range(20):
-    begin = time.perf_counter()
-    product(x).block_until_ready()
-    best = max(best, 2 * size**3 / (time.perf_counter() - begin))
-print(best / 1e12)
-"""
+MATMUL = "from MaxText import hardware; print(hardware.measure_matmul_flops(['bfloat16'], {size}) / 1e12)"
 
 
 @contextlib.contextmanager
@@ -135,13 +125,11 @@ def main() -> None:
     args = parser.parse_args()
     args.output = args.output.absolute()
     args.output.mkdir(parents=True, exist_ok=True)
-    card = (
-        subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-        if shutil.which("nvidia-smi")
-        else ""
-    )
-    found = subprocess.run([sys.executable, "-c", MATMUL], capture_output=True, text=True, check=True).stdout
-    args.measured_tflops = float(found)
+    listed = ["nvidia-smi", "-L"]
+    card = subprocess.run(listed, capture_output=True, text=True).stdout if shutil.which(listed[0]) else ""
+    program = MATMUL.format(size=8192 if card else 1024)
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    args.measured_tflops = float(found.stdout)
     about = {"card": card.split(" (")[0], "jax": version("jax"), "measured_tflops": args.measured_tflops}
     about["date"] = datetime.date.today().isoformat()
     work = [*((compare, case) for case in args.cases), *((train, run) for run in args.runs)]

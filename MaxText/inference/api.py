@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from MaxText.inference import generate, text
 from MaxText.inference.batcher import Completion, Request, Sampling
 from MaxText.inference.sampling import TOP_LOGPROBS
-from MaxText.input_pipeline.tokenizer import Tokenizer
+from MaxText.input_pipeline.tokenizer import Tokenizer, num_token_ids
 
 MAX_COMPLETIONS = 128  # of one request
 MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
@@ -97,7 +97,7 @@ def parse(body: Any, config: FrozenConfigDict, tokenizer: Tokenizer, model: str)
     options = take("stream_options", {}, dict, lambda _: True, "an object")
     suffix = take("suffix", "", str, lambda _: True, "text")
     stop = _stops(fields.pop("stop", None))
-    prompts = _prompts(fields.pop("prompt", None), suffix, tokenizer, config.vocab_size - config.vocab_padding)
+    prompts = _prompts(fields.pop("prompt", None), suffix, tokenizer, num_token_ids(config))
     if stream and written > shown:
         raise Refused("best_of greater than n cannot be streamed", "best_of")
     for name, neutral in _NEUTRAL.items():

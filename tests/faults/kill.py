@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from MaxText import preemption
 from tests.processes import group
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -54,7 +55,6 @@ KEYS = {
     "peak_tflops_per_device": 1,
 }
 STEP = re.compile(r"^completed step: (\d+),")
-RESUME_ME = 75
 
 
 @dataclasses.dataclass
@@ -160,7 +160,7 @@ class Harness:
         struck: list[tuple[str, float]] = []  # the phase, and when
 
         def strike() -> None:
-            struck.append((self._phase(name, _steps(lines), started=bool(lines)), time.monotonic()))
+            struck.append((self._phase(name, lines), time.monotonic()))
             process.send_signal(self.number)
 
         timer = threading.Timer(after, strike)
@@ -178,20 +178,23 @@ class Harness:
         process.stdout.close()
         if code == 0:
             return None
-        assert code == (-signal.SIGKILL if self.number == signal.SIGKILL else RESUME_ME), f"{code}\n{''.join(lines)}"
+        expected = -signal.SIGKILL if self.number == signal.SIGKILL else preemption.EXIT_RESUME
+        assert code == expected, f"{code}\n{''.join(lines)}"
         steps = _steps(lines)
         resumed = next((int(line.split()[3].replace(",", "")) for line in lines if line.startswith("Resuming")), None)
         ((phase, since),) = struck
         return Kill(phase, ended - since, asynchronous, resumed, steps[-1] if steps else resumed or 0)
 
-    def _phase(self, name: str, steps: list[int], *, started: bool) -> str:
-        if not started:
+    def _phase(self, name: str, lines: list[str]) -> str:
+        if not lines:
             return "starting"
+        steps = _steps(lines)
         if not steps:
             return "compiling"
         if list((self.folder / name / "checkpoints").glob(".*")):
             return "saving"
-        return "step" if steps[-1] % KEYS["eval_interval"] else "evaluating"
+        evaluated = any(line.startswith(f"Completed eval after train step {steps[-1]},") for line in lines)
+        return "step" if steps[-1] % KEYS["eval_interval"] or evaluated else "evaluating"
 
     def _run_to_the_end(self, name: str, asynchronous: bool) -> str:
         """Lets a run end; the sha256 of its last state, and of what it logged."""
@@ -278,9 +281,8 @@ def main() -> int:
         result["seconds_to_the_exit"] = {f"p{p}": round(float(np.percentile(ends, p)), 2) for p in (50, 99)}
     print(json.dumps(result))
     if arguments.write:
-        with (ROOT / f"benchmarks/results/{'kill_9' if number == signal.SIGKILL else 'sigterm'}.jsonl").open(
-            "a"
-        ) as file:
+        name = "kill_9" if number == signal.SIGKILL else "sigterm"
+        with (ROOT / f"benchmarks/results/{name}.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
     return 0
 
