@@ -94,6 +94,9 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
 def _expected_loss(config: FrozenConfigDict) -> str:
     size = tokenizer.num_token_ids(config)
     line = f"Expected loss at initialization: ln({size:,}) = {math.log(size):.3f}"
+    if config.mtp_num_layers:
+        both = (1 + config.mtp_loss_scaling_factor) * math.log(size)
+        line += f" for the next token, {both:.3f} with multi-token prediction"
     if config.logits_via_embedding and config.residual_init_scale == 0:
         # The state is the token's own embedding, normalized: its own logit is D times the standard deviation.
         stddev, dim = config.initializer_range, config.base_emb_dim
@@ -101,9 +104,6 @@ def _expected_loss(config: FrozenConfigDict) -> str:
         line += (
             f"; up to {math.log(total):.3f}, as layers that add nothing yet leave each token its own likeliest next one"
         )
-    if config.mtp_num_layers:
-        both = (1 + config.mtp_loss_scaling_factor) * math.log(size)
-        line += f" for the next token, {both:.3f} with multi-token prediction"
     return line
 
 
