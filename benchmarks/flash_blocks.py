@@ -71,16 +71,21 @@ def _of_kernel(text: str, kernel: str) -> dict[str, int]:
     return {"cycles": int(cycles[1]) // _HEADS, "vmem": int(vmem[1])}
 
 
+def simulator(family: str, folder: str) -> dict[str, str]:
+    """The environment that makes the compiler simulate its kernels; what it dumps goes to the folder."""
+    flags = [f"--xla_jf_dump_static_llo_profile_to={folder}"]
+    if family == "v5e":  # the simulator knows no copies from where the compiler would put small operands
+        flags.append("--xla_vf_vmem_memory_space_assignment=false")
+    return {"LIBTPU_INIT_ARGS": " ".join(flags)}
+
+
 def best_of(family: str, shape: tuple[int, int, int, int], length: int) -> dict[str, object]:
     """The row of the table for that shape, from a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--xla_jf_dump_static_llo_profile_to={folder}"]
-        if family == "v5e":  # the simulator knows no copies from where the compiler would put small operands
-            flags.append("--xla_vf_vmem_memory_space_assignment=false")
         arguments = [family, json.dumps(shape), str(length)]
         done = subprocess.run(
             [sys.executable, __file__, "--measure", *arguments],
-            env={**os.environ, "LIBTPU_INIT_ARGS": " ".join(flags)},
+            env={**os.environ, **simulator(family, folder)},
             capture_output=True,
             text=True,
         )

@@ -241,6 +241,14 @@ def held_out(capsys, run, *words):
     return out, re.findall(r"^\|.* loss ([\d.]+)", out, re.MULTILINE)
 
 
+def trained_anew(run, step, other):
+    """Gives a checkpoint the weights of another."""
+    folder = run / "checkpoints"
+    shutil.rmtree(folder / str(step))
+    shutil.copytree(folder / str(other), folder / str(step))
+    checkpoint_manifest.write(folder / str(step), step)
+
+
 def test_other_held_out_data_lengths_and_weights_are_measured_anew(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "known", ignore=shutil.ignore_patterns("evaluation"))
     _, losses = held_out(capsys, copy)
@@ -252,12 +260,8 @@ def test_other_held_out_data_lengths_and_weights_are_measured_anew(run, tmp_path
     ):
         out, others = held_out(capsys, copy, *words)
         assert "scored before" not in out and others != losses, words
-    first, last = (
-        copy / "checkpoints" / str(step) for step in checkpoint_manifest.steps_in(copy / "checkpoints")[::-1]
-    )
-    shutil.rmtree(first)
-    shutil.copytree(last, first)
-    checkpoint_manifest.write(first, int(first.name))
+    first, last = checkpoint_manifest.steps_in(copy / "checkpoints")[::-1]
+    trained_anew(copy, first, last)
     out, others = held_out(capsys, copy)
     assert out.count("scored before") == 1 and others == [losses[1]] * 2
 
@@ -293,6 +297,17 @@ def test_another_file_of_problems_has_results_of_its_own(run, problems, tmp_path
         assert code == 0 and f"pass@1 {score}" in out, err
     assert "scored before" in command(capsys, evaluate, *words, f"task_file={problems}")[1]
     assert "scored before" not in command(capsys, evaluate, *words, f"task_file={problems}", "decode_rows=3")[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
+def test_samples_of_a_checkpoint_are_not_added_to_after_it_was_trained_anew(run, problems, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "known", ignore=shutil.ignore_patterns("evaluation"))
+    words = [copy, "task=humaneval", f"task_file={problems}", "max_tokens=20", "allow_unsafe_sandbox=true"]
+    assert command(capsys, evaluate, *words)[0] == 0
+    trained_anew(copy, *checkpoint_manifest.steps_in(copy / "checkpoints"))
+    code, _, err = command(capsys, evaluate, *words)
+    assert code == 1 and "was made with other settings (checkpoint: " in err, err
+    assert "use another file, or delete this one" in err
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,34 @@ def test_muon_does_not_depend_on_the_mesh(mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), params, want_params)
 
 
+@functools.cache
+def initial_params(keys):
+    """As NumPy's arrays, so that they are on no device."""
+    config = config_of(**dict(keys))
+    return jax.device_get(jax.jit(lambda key: models.initial_params(config, key))(jax.random.key(0)))
+
+
+@functools.cache
+def gradients(mesh, accumulation, keys):
+    """The gradients of the first step, each leaf as an array."""
+    config = config_of(gradient_accumulation_steps=accumulation, **dict(keys))
+    model = models.abstract(config)
+    batch = support.packed_batch(config, rows=32, seed=0)
+    sums_of = functools.partial(loss.training_sums, config, model, mtp_weight=0.3, head_dtype="float32")
+    gradient = jax.grad(sums_of, has_aux=True)
+
+    @jax.jit
+    def accumulate(params, batch):
+        if config.dropout_rate:
+            batch = {**batch, "dropout_keys": dropout.row_keys(0, jax.numpy.array(7), 32)}
+        return train_step.accumulate(gradient, params, batch, accumulation)
+
+    with jax.set_mesh(support.mesh_of(*mesh)):
+        placed = jax.device_put(batch, sharding.batch_sharding(support.mesh_of(*mesh)))
+        total, sums = accumulate(initial_params(keys), placed)
+    return jax.tree.map(lambda g: np.asarray(g) / float(sums["total_weights"]), total)
+
+
 @pytest.mark.parametrize(
     ("mesh", "accumulation", "keys"),
     [
@@ -79,26 +107,8 @@ def test_muon_does_not_depend_on_the_mesh(mesh):
 def test_gradients_are_the_same(mesh, accumulation, keys):
     """Every leaf of the first gradient, not only its norm; with all that PythonLM has as well."""
 
-    def gradients(mesh, accumulation):
-        config = config_of(gradient_accumulation_steps=accumulation, **keys)
-        model = models.abstract(config)
-        batch = support.packed_batch(config, rows=32, seed=0)
-        sums_of = functools.partial(loss.training_sums, config, model, mtp_weight=0.3, head_dtype="float32")
-        gradient = jax.grad(sums_of, has_aux=True)
-        with jax.set_mesh(support.mesh_of(*mesh)):
-            params = models.initial_params(config, jax.random.key(0))
-            placed = jax.device_put(batch, sharding.batch_sharding(support.mesh_of(*mesh)))
-
-            @jax.jit
-            def accumulate(params, batch):
-                if config.dropout_rate:
-                    batch = {**batch, "dropout_keys": dropout.row_keys(0, jax.numpy.array(7), 32)}
-                return train_step.accumulate(gradient, params, batch, accumulation)
-
-            total, sums = accumulate(params, placed)
-        return jax.tree.map(lambda g: np.asarray(g) / float(sums["total_weights"]), total)
-
-    want, got = gradients((1, 1, 1), 1), gradients(mesh, accumulation)
+    keys = tuple(keys.items())
+    want, got = gradients((1, 1, 1), 1, keys), gradients(mesh, accumulation, keys)
     # Of each leaf by its own size: a lambda's gradient is small.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-4 * np.abs(b).max()), got, want)
 

@@ -86,7 +86,7 @@ class Group:
 
 
 def _environment(devices: int) -> Mapping[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     return kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 
