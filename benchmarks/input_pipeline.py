@@ -37,7 +37,7 @@ def write_random_blocks(directory: Path) -> None:
     """12 M tokens in documents of about 2,500, as the embedded corpus has."""
     import numpy as np
 
-    from MaxText.input_pipeline import token_blocks
+    from MaxText.input_pipeline import token_block_writer
 
     class RandomTokenizer:
         name, vocab_size, eos_id, fingerprint = "random", 49152, 0, "random"
@@ -47,8 +47,8 @@ def write_random_blocks(directory: Path) -> None:
             return np.ones(self.vocab_size, np.int32)
 
     rng = np.random.default_rng(0)
-    writer = token_blocks.TokenBlockWriter(
-        directory, RandomTokenizer(), token_blocks.BLOCK_TOKENS, token_blocks.SHARD_TOKENS
+    writer = token_block_writer.TokenBlockWriter(
+        directory, RandomTokenizer(), token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
     )
     for size in rng.geometric(1 / 2500, 4800):
         writer.add([rng.integers(1, 49152, size).tolist()], 0)

@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def prepare(folder: Path) -> Any:
     """Two directories of about 6 M tokens of real code, and the tokenizer they were made with."""
-    from MaxText.input_pipeline import token_blocks, tokenizer
+    from MaxText.input_pipeline import token_block_writer, tokenizer
 
     texts = [inspect.getsource(module) for module in (argparse, inspect, json, random)]
     tokenizer.train(texts, 4096, folder / "tokenizer")
@@ -49,8 +49,8 @@ def prepare(folder: Path) -> Any:
     encoded = loaded.encode([text[i : i + 9000] for text in texts for i in range(0, len(text), 9000)])
     rng = random.Random(0)
     for name in ("a", "b"):
-        writer = token_blocks.TokenBlockWriter(
-            folder / name, loaded, token_blocks.BLOCK_TOKENS, token_blocks.SHARD_TOKENS
+        writer = token_block_writer.TokenBlockWriter(
+            folder / name, loaded, token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
         )
         for _ in range(2500):
             writer.add([rng.choice(encoded)], 1)
@@ -151,7 +151,8 @@ def read_times(sizes: list[int], folder: Path, loaded: Any) -> None:
     """Microseconds to read one window of a file of so many records."""
     import numpy as np
 
-    from MaxText.input_pipeline.token_blocks import TokenBlockReader, TokenBlockWriter
+    from MaxText.input_pipeline.token_block_writer import TokenBlockWriter
+    from MaxText.input_pipeline.token_blocks import TokenBlockReader
 
     for records in sizes:
         writer = TokenBlockWriter(folder / f"records{records}", loaded, 16, 2**62)

@@ -44,7 +44,7 @@ def stages(texts: list[str], tokenizer_path: str, scratch: Path) -> dict[str, Ca
     """What is done to the texts, one thing each."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    from MaxText.input_pipeline import filters, token_blocks, tokenizer
+    from MaxText.input_pipeline import filters, token_block_writer, token_blocks, tokenizer
     from MaxText.preparation import credentials, decontamination, near_duplicates, preparing
 
     contents = [text.encode() for text in texts]
@@ -63,8 +63,8 @@ def stages(texts: list[str], tokenizer_path: str, scratch: Path) -> dict[str, Ca
 
     def blocks() -> None:
         shutil.rmtree(scratch / "blocks", ignore_errors=True)
-        writer = token_blocks.TokenBlockWriter(
-            scratch / "blocks", loaded, token_blocks.BLOCK_TOKENS, token_blocks.SHARD_TOKENS
+        writer = token_block_writer.TokenBlockWriter(
+            scratch / "blocks", loaded, token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
         )
         writer.add(encoded, 0)
         writer.finish("benchmark", "none", {})

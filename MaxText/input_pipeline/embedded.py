@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from MaxText.input_pipeline import sources, token_blocks, tokenizer
+from MaxText.input_pipeline import sources, token_block_writer, token_blocks, tokenizer
 
 VERSION = 1  # of everything here that decides what ends up on the disk
 ENCODE_BYTES = 2_000_000  # text encoded between two looks at the clock
@@ -179,7 +179,9 @@ def _write_part(
     directory: Path, texts: list[str], encoder: tokenizer.Tokenizer, corpus: sources.Corpus, part: str, log: Log
 ) -> None:
     """Encode and write one part of the corpus, telling rate and time left every few seconds."""
-    writer = token_blocks.TokenBlockWriter(directory, encoder, token_blocks.BLOCK_TOKENS, token_blocks.SHARD_TOKENS)
+    writer = token_block_writer.TokenBlockWriter(
+        directory, encoder, token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
+    )
     total = sum(len(text.encode()) for text in texts)
     started = reported = time.monotonic()
     done = tokens = first = 0

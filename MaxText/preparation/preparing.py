@@ -21,7 +21,7 @@ from typing import Any
 from ml_collections import FrozenConfigDict
 
 from MaxText.evaluation import humaneval, mbpp
-from MaxText.input_pipeline import inputs, token_blocks, tokenizer
+from MaxText.input_pipeline import inputs, token_block_writer, token_blocks, tokenizer
 from MaxText.preparation import choosing, pool, ray_pool, tasks
 from MaxText.preparation.tasks import PARTS, Settings, Workplace
 
@@ -314,10 +314,10 @@ def _finish(
             continue
         if not results:
             raise ValueError(f"no document is left of {counts['totals']['records']:,}: {_in_words(counts['dropped'])}")
-        manifests[part] = token_blocks.write_manifest(
+        manifests[part] = token_block_writer.write_manifest(
             workplace.out / part,
             encoder,
-            token_blocks.BLOCK_TOKENS,
+            token_block_writer.BLOCK_TOKENS,
             [token_blocks.Shard(**result["shard"]) for result in results],
             max_token_id=max(result["max_token_id"] for result in results),
             source_bytes=sum(result["source_bytes"] for result in results),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from MaxText.input_pipeline import filters, readers, token_blocks, tokenizer
+from MaxText.input_pipeline import filters, readers, token_block_writer, token_blocks, tokenizer
 from MaxText.input_pipeline.inputs import Unit
 from MaxText.preparation import credentials, decontamination, near_duplicates
 
@@ -245,7 +245,9 @@ def encode(workplace: Workplace, number: int, report: Report) -> None:
     for part in PARTS:
         path = workplace.out / part / f"tokens-{number:05d}.array_record"
         path.parent.mkdir(parents=True, exist_ok=True)
-        writers[part] = token_blocks.ShardWriter(path, encoder.eos_id, encoder.vocab_size, token_blocks.BLOCK_TOKENS)
+        writers[part] = token_block_writer.ShardWriter(
+            path, encoder.eos_id, encoder.vocab_size, token_block_writer.BLOCK_TOKENS
+        )
     source_bytes: Counter[str] = Counter()
     for part, document, size in _documents(workplace, references, encoder, report):
         writers[part].add(document)

@@ -89,11 +89,11 @@ class Tokenizer:
 
 def write_data(directory: pathlib.Path) -> None:
     """Documents of 5 to 60 tokens: about 45 steps an epoch."""
-    from MaxText.input_pipeline import token_blocks
+    from MaxText.input_pipeline import token_block_writer
 
     rng = np.random.default_rng(0)
     for name, tokens in (("train", 5760), ("heldout", 600)):
-        writer = token_blocks.TokenBlockWriter(directory / name, Tokenizer(), block_tokens=64, shard_tokens=2000)
+        writer = token_block_writer.TokenBlockWriter(directory / name, Tokenizer(), block_tokens=64, shard_tokens=2000)
         sizes = rng.integers(5, 60, tokens // 32)
         writer.add([(1 + rng.integers(0, 255, size) ** 2 // 255).tolist() for size in sizes], source_bytes=tokens)
         writer.finish("random documents", "none", {})

@@ -14,7 +14,7 @@ from matplotlib import axes
 
 from MaxText import checkpoint_manifest, decode, evaluate
 from MaxText.inference import runs
-from MaxText.input_pipeline import token_blocks, tokenizer
+from MaxText.input_pipeline import token_block_writer, tokenizer
 from tests import support
 
 FUNCTIONS = {
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     tokenizer.train(texts * 3, 300, folder / "tokenizer")
     encoder = tokenizer.load(str(folder / "tokenizer"))
     for part, copies in (("train", 250), ("heldout", 20)):
-        writer = token_blocks.TokenBlockWriter(folder / part, encoder, 512, 2**20)
+        writer = token_block_writer.TokenBlockWriter(folder / part, encoder, 512, 2**20)
         writer.add(encoder.encode(texts * copies), copies * sum(map(len, texts)))
         writer.finish("a test", "none", {})
     keys = support.SMALL | {

@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from MaxText.input_pipeline import token_blocks
+from MaxText.input_pipeline import token_block_writer
 
 
 class FakeTokenizer:
@@ -38,7 +38,7 @@ def write_blocks(tmp_path):
 
     def write(documents, vocab_size=1000, block_tokens=16, shard_tokens=10**9, name="blocks") -> Path:
         directory = tmp_path / name
-        writer = token_blocks.TokenBlockWriter(directory, FakeTokenizer(vocab_size), block_tokens, shard_tokens)
+        writer = token_block_writer.TokenBlockWriter(directory, FakeTokenizer(vocab_size), block_tokens, shard_tokens)
         writer.add(documents, source_bytes=123)
         writer.finish("a test", "none", {"too_short": 1})
         return directory

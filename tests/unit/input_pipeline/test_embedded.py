@@ -90,7 +90,7 @@ def test_a_snapshot_with_a_missing_part_is_built_again(tree, tmp_path):
 
 def test_a_killed_build_leaves_nothing_that_counts(tree, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(embedded.token_blocks.TokenBlockWriter, "finish", None)
+        patch.setattr(embedded.token_block_writer.TokenBlockWriter, "finish", None)
         with pytest.raises(TypeError):
             prepare(tmp_path, tree)
     assert list(tmp_path.iterdir()) == []

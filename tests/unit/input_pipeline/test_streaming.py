@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from MaxText.input_pipeline import packing, token_blocks, tokenizer
+from MaxText.input_pipeline import packing, token_block_writer, tokenizer
 from MaxText.input_pipeline.loader import open_datasets, read_ahead
 from MaxText.input_pipeline.token_dataset import TokenDataset
 
@@ -58,7 +58,7 @@ def open_stream(source, tokenizer_path, **changes):
 
 def test_it_is_what_preparing_gives_without_shuffling(source, texts, tokenizer_path, tmp_path):
     loaded = tokenizer.load(tokenizer_path)
-    writer = token_blocks.TokenBlockWriter(tmp_path / "blocks", loaded, 64, 10**9)
+    writer = token_block_writer.TokenBlockWriter(tmp_path / "blocks", loaded, 64, 10**9)
     writer.add(loaded.encode(texts[:-1]), 1)
     writer.finish("x", "none", {})
     prepared = TokenDataset(tmp_path / "blocks", 512, 64, None, repeat=True)

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from MaxText.input_pipeline import packing, token_blocks, tokenizer
+from MaxText.input_pipeline import packing, token_block_writer, tokenizer
 from MaxText.input_pipeline.fim import Fim
 from MaxText.input_pipeline.token_dataset import TokenDataset, parse_mixture
 
@@ -36,7 +36,7 @@ def blocks(bpe, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("blocks")
     encoded = bpe.encode(texts)
     for name, documents in (("a", encoded[: len(encoded) * 3 // 4]), ("b", encoded[len(encoded) * 3 // 4 :])):
-        writer = token_blocks.TokenBlockWriter(folder / name, bpe, 64, 5_000)
+        writer = token_block_writer.TokenBlockWriter(folder / name, bpe, 64, 5_000)
         writer.add(documents, 1)
         writer.finish(name, "none", {})
     return folder
@@ -188,7 +188,7 @@ def test_repositories_are_permuted_file_by_file(bpe, tmp_path):
     document = [ids["repo_name"], *bpe.encode(["owner/name"])[0]]
     for file in files:
         document += [ids["file_sep"], *file]
-    writer = token_blocks.TokenBlockWriter(tmp_path / "c", bpe, 64, 10**9)
+    writer = token_block_writer.TokenBlockWriter(tmp_path / "c", bpe, 64, 10**9)
     writer.add([document] * 3, 1)
     writer.finish("c", "none", {})
     fim = Fim(bpe, 1.0, 0.5, 0)
