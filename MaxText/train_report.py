@@ -16,6 +16,9 @@ from MaxText.input_pipeline.loader import Datasets
 from MaxText.kernels import attention
 from MaxText.train_state import TrainState
 
+# attention_type -> its maps, the keys for them, and how many times as wide as a head its values are.
+_MAPS = {"standard": (1, 1, 1), "differential": (2, 2, 2), "differential_v2": (2, 1, 1)}
+
 
 class Console:
     """Prints lines; on a terminal keeps a progress bar with an ETA below them."""
@@ -74,12 +77,15 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
     """What the run is going to be, before anything is compiled."""
     devices = mesh.devices.flatten()
     per_step = model_flops_per_token(config) * tokens_per_step
-    chosen = attention.chosen(config.attention, devices[0].platform, config.head_dim)
+    maps, keys, widths = _MAPS[config.attention_type]
+    shape = (config.max_target_length, maps, keys, config.head_dim, widths * config.head_dim)
+    with jax.set_mesh(mesh):
+        serves = attention.serving(config.attention, shape, config.dtype)
     return [
         f"JAX version: {jax.__version__}",
         f"Devices: {_shortened([str(device) for device in devices])}",
         f"Device count: {devices.size} ({devices[0].device_kind}, {jax.process_count()} process(es))",
-        f"Attention: {chosen} (attention={config.attention})",
+        f"Attention: {serves} (attention={config.attention})",
         "Mesh: " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         f"Model parameters: {flops.count_parameters(abstract.params)}",
         f"Tokens per step: {tokens_per_step:,} ({tokens_per_step // config.max_target_length} sequences of "

@@ -1,8 +1,8 @@
 """The on-disk format of tokens: ArrayRecord shards of fixed-size blocks, and a manifest that vouches for them.
 
-In: documents as token ids. Out: a directory that a reader cuts windows of any length from. A block is K consecutive
-tokens of the stream "document EOS document EOS ...", so the files do not depend on the training length. Records are
-read by range, `read(i, i + 1)`: the index form `read([i])` costs time in proportion to the records in the file.
+In: a directory that `token_block_writer` made. Out: its tokens, windows of any length. A block is K consecutive tokens
+of the stream "document EOS document EOS ...", so the files do not depend on the training length. Records are read by
+range, `read(i, i + 1)`: the index form `read([i])` costs time in proportion to the records in the file.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from MaxText import sharding
+from MaxText import models, sharding, train_report, train_state
 from MaxText.kernels import attention, attention_flash, differential, flash, flash_blocks, splash
 from tests import support
 
@@ -145,6 +145,16 @@ def check_against_reference(implementation, query, key, value, segment_ids, dtyp
 @pytest.mark.parametrize("width", [8, 16])
 def test_blocked_matches_the_reference(length, num_kv_heads, dtype, width):
     check_against_reference("blocked", *example(length, num_kv_heads, dtype, 8, width), dtype, support.mesh_of())
+
+
+@pytest.mark.parametrize(("length", "name"), [(2048, "flash"), (65536, "splash")])
+def test_the_first_lines_of_a_run_name_what_serves(length, name, monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "chip", lambda: "TPU v6 lite")
+    config = support.small_config(head_dim=128, max_target_length=length, dtype="bfloat16")
+    mesh = support.mesh_of()
+    state = train_state.abstract_train_state(config, models.abstract(config), mesh)
+    assert f"Attention: {name} (attention=autoselected)" in train_report.opening(config, mesh, state, 1)
 
 
 @pytest.mark.parametrize("implementation", ["flash", "splash"])
