@@ -176,7 +176,7 @@ def test_ten_steps_are_those_of_the_main_trainer(monkeypatch, whole_schedule):
 
     In its own schedule ten steps are all warm-up; the other has the cosine's whole length and a decay one can see.
     """
-    length, rows = 128, 4
+    length, rows = 64, 2
     keys = {"dtype": "float32", "max_target_length": length, "per_device_batch_size": rows}
     changed = {}
     if whole_schedule:
