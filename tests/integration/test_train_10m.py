@@ -172,19 +172,20 @@ def their_batch(tokens, lengths):
 @pytest.mark.slow
 @pytest.mark.parametrize("whole_schedule", [False, True], ids=["as it is", "ten steps the whole schedule"])
 def test_ten_steps_are_those_of_the_main_trainer(monkeypatch, whole_schedule):
-    """validate_10m.yml in float32 on the same weights and batches; only the batch is smaller, and on one device.
+    """validate_10m.yml in float32, the same weights and batches; only batch and vocabulary are smaller, on one device.
 
     In its own schedule ten steps are all warm-up; the other has the cosine's whole length and a decay one can see.
     """
-    length, rows = 64, 2
-    keys = {"dtype": "float32", "max_target_length": length, "per_device_batch_size": rows}
+    length, rows, vocab_size = 128, 4, 8192
+    keys = {"dtype": "float32", "max_target_length": length, "per_device_batch_size": rows, "vocab_size": vocab_size}
     changed = {}
     if whole_schedule:
         keys |= {"learning_rate_schedule_steps": 10, "warmup_steps_fraction": 0.2, "adam_weight_decay": 20}
         changed = {"total_steps": 10, "warmup_steps": 2, "weight_decay": 20.0}
     arguments = [f"{key}={value}" for key, value in keys.items()]
     theirs = pyconfig.initialize([str(support.ROOT / "configs/validate_10m.yml"), *arguments], {})
-    ours = train_10m.Config(dtype="float32", max_seq_len=length, batch_size_per_device=rows, **changed)
+    changed |= {"max_seq_len": length, "batch_size_per_device": rows, "vocab_size": vocab_size}
+    ours = train_10m.Config(dtype="float32", **changed)
     trainer = support.Trainer(theirs, support.mesh_of())
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     monkeypatch.setattr(train_10m, "sharding", lambda *_: one_device)
