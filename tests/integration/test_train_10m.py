@@ -176,7 +176,7 @@ def test_ten_steps_are_those_of_the_main_trainer(monkeypatch, whole_schedule):
 
     In its own schedule ten steps are all warm-up; the other has the cosine's whole length and a decay one can see.
     """
-    length, rows, vocab_size = 128, 4, 8192
+    length, rows, vocab_size = 64, 2, 8192
     keys = {"dtype": "float32", "max_target_length": length, "per_device_batch_size": rows, "vocab_size": vocab_size}
     changed = {}
     if whole_schedule:
