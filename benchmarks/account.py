@@ -1,4 +1,4 @@
-"""Both accounts of any program that the TPU compiler made, from its text: python -m benchmarks.account FILE v6e
+"""Both accounts of a program that the TPU compiler made for one chip: python -m benchmarks.account FILE v6e
 
 For programs that are not ours, such as MaxText's (`benchmarks/peers/README.md`). Kernels that are not ours have no
 simulated cycles in our table: --kernel gives them, by a part of their name, as cycles of one call.
@@ -20,8 +20,11 @@ def main() -> None:
     arguments = parser.parse_args()
     chip = hardware.find_chip(cost.DEVICE_KINDS[arguments.chip])
     assert chip
+    text = arguments.file.read_text()
+    if "replica_groups=" in text:
+        parser.error(f"{arguments.file} is a program of several chips; its communication is not accounted for here")
     axes = {"data": 1, "fsdp": 1, "tensor": 1}
-    found = cost.account(hlo.parse(arguments.file.read_text()), arguments.chip, chip.hbm_bandwidth, axes)
+    found = cost.account(hlo.parse(text), arguments.chip, chip.hbm_bandwidth, axes)
     known = {name: float(cycles) for name, cycles in (word.split("=") for word in arguments.kernel)}
     cycles = sum(c * calls for name, calls in found.pallas_calls.items() for part, c in known.items() if part in name)
     pallas = max(found.pallas_seconds, cycles / cost.CYCLES_PER_SECOND[arguments.chip])  # or what their bytes take

@@ -2,7 +2,8 @@
 
 Prints one JSON line for each chip, kind and length, and adds it to a file if one is named: the cycles of both, forward
 and backward, by the compiler's simulator, and the bytes that the whole operation moves through HBM. Estimates all.
-Splash has the best of its blocks, with its two backward kernels and its fused one, and no segment ids; ours has them.
+Splash has the better of two square blocks, with its two backward kernels or its fused one, and no segment ids; ours has
+them, and its cycles are those of `flash_blocks.json`.
 Needs the TPU compiler (bash setup.sh --tpu-compiler), no TPU, and ten minutes of one core. Each measurement is a
 process of its own, because the simulator aborts on what it does not know. That of libtpu 0.0.42.1 knows no splash on
 v5e, and takes ten gigabytes and more on v6e: TPU_LIBRARY_PATH names a newer libtpu.so.
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +138,7 @@ def _apart(call: str, *arguments: object) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(family: str, kind: str, length: int) -> dict[str, object]:
+def compare(family: str, kind: str, length: int, libtpu: str) -> dict[str, object]:
     """The record of one line."""
     from MaxText.kernels import flash_blocks as table
 
@@ -160,6 +162,7 @@ def compare(family: str, kind: str, length: int) -> dict[str, object]:
         "hbm_megabytes": moved["ours"] and round(moved["ours"] / 1e6),
         "splash_hbm_megabytes": moved["splash"] and round(moved["splash"] / 1e6),
         "ratio_hbm": round(moved["ours"] / moved["splash"], 3) if moved["ours"] and moved["splash"] else None,
+        "splash_libtpu": libtpu,
         "date": datetime.date.today().isoformat(),
     }
 
@@ -168,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", help="append the lines to this file, too")
     parser.add_argument("--length", type=int, nargs="+", default=[2048])
+    parser.add_argument("--libtpu", default=version("libtpu"), help="the version, where TPU_LIBRARY_PATH names another")
     parser.add_argument("--call", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     from MaxText.aot import topologies
@@ -180,7 +184,7 @@ def main() -> None:
     for family in flash_blocks.CHIPS:
         for kind in KINDS:
             for length in arguments.length:
-                line = json.dumps(compare(family, kind, length))
+                line = json.dumps(compare(family, kind, length, arguments.libtpu))
                 print(line, flush=True)
                 if arguments.out:
                     with open(arguments.out, "a") as file:

@@ -22,15 +22,16 @@ def test_the_account_is_within_a_hundredth_of_the_stopwatch(tmp_path, monkeypatc
 
     monkeypatch.setattr(batch_feed.BatchFeed, "__next__", slowly)
     begin = time.perf_counter()
-    accounted = []  # when each launch gave its last account
+    accounted, said = [], []  # when each launch gave its last account; when each line came
 
     def listen(line):
-        accounted.extend([time.perf_counter()] if line.startswith("Goodput: ") else [])
+        said.append(time.perf_counter())
+        accounted.extend(said[-1:] if line.startswith("Goodput: ") else [])
 
     assert training.train(tmp_path, training.Lines(listen), steps=6) == 0
     time.sleep(2)
     console = training.Lines(listen)
-    paused = time.perf_counter() - accounted[0]
+    paused, num_said = time.perf_counter() - accounted[0], len(said)
     assert training.train(tmp_path, console, steps=12) == 0
     stopwatch = accounted[-1] - begin
     (line,) = [line for line in console.lines if line.startswith("Goodput: ")]
@@ -40,7 +41,8 @@ def test_the_account_is_within_a_hundredth_of_the_stopwatch(tmp_path, monkeypatc
     hundredth = 0.01 * stopwatch + 0.05  # and half a unit of what the line is rounded to
     assert total == pytest.approx(stopwatch, abs=hundredth)
     assert spent["data wait"] == pytest.approx(waited, abs=hundredth)
-    assert spent["not running"] == pytest.approx(paused, abs=hundredth)
+    # On a busy machine it takes a moment from the call to where a launch begins to count.
+    assert paused - hundredth < spent["not running"] < said[num_said] - accounted[0] + hundredth
     assert share / 100 * total + sum(spent.values()) == pytest.approx(total, abs=0.5)
 
 

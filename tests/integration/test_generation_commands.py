@@ -306,7 +306,7 @@ def test_samples_of_a_checkpoint_are_not_added_to_after_it_was_trained_anew(run,
     assert command(capsys, evaluate, *words)[0] == 0
     trained_anew(copy, *checkpoint_manifest.steps_in(copy / "checkpoints"))
     code, _, err = command(capsys, evaluate, *words)
-    assert code == 1 and "was made with other settings (checkpoint: " in err, err
+    assert code == 1 and "was made with other settings (settings: {" in err and "'checkpoint': " in err, err
     assert "use another file, or delete this one" in err
 
 

@@ -109,6 +109,15 @@ def test_dropout_drops_its_share_with_a_mask_for_each_row_place_and_step():
     assert dropout.dropout(x, 0.2, None, 1) is x
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_halves_of_a_row_have_masks_of_their_own(dtype):
+    x = jnp.ones((4, 33, 64), dtype)  # an odd length: the second half is one shorter
+    out = dropout.dropout(x, 0.2, dropout.row_keys(0, jnp.array(0), 4), 1)
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    first, second = np.asarray(out[:, :16] == 0), np.asarray(out[:, 17:] == 0)
+    np.testing.assert_allclose(np.mean(first == second), 0.8**2 + 0.2**2, atol=0.04)  # 4,096 pairs: 5.5 deviations
+
+
 def test_training_drops_and_evaluating_does_not():
     evaluated, trained = [], []
     for config in (support.small_config(dropout_rate=0.5), support.small_config()):

@@ -147,14 +147,18 @@ def test_blocked_matches_the_reference(length, num_kv_heads, dtype, width):
     check_against_reference("blocked", *example(length, num_kv_heads, dtype, 8, width), dtype, support.mesh_of())
 
 
-@pytest.mark.parametrize(("length", "name"), [(2048, "flash"), (65536, "splash")])
-def test_the_first_lines_of_a_run_name_what_serves(length, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("attention_type", "longest"), [("standard", 16384), ("differential", 8192), ("differential_v2", 16384)]
+)
+def test_the_first_lines_of_a_run_name_what_serves(attention_type, longest, monkeypatch):
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setattr(attention, "chip", lambda: "TPU v6 lite")
-    config = support.small_config(head_dim=128, max_target_length=length, dtype="bfloat16")
     mesh = support.mesh_of()
-    state = train_state.abstract_train_state(config, models.abstract(config), mesh)
-    assert f"Attention: {name} (attention=autoselected)" in train_report.opening(config, mesh, state, 1)
+    keys = {"attention_type": attention_type, "base_num_kv_heads": 2, "head_dim": 128, "dtype": "bfloat16"}
+    for length, name in ((longest, "flash"), (2 * longest, "splash")):
+        config = support.small_config(**keys, max_target_length=length)
+        state = train_state.abstract_train_state(config, models.abstract(config), mesh)
+        assert f"Attention: {name} (attention=autoselected)" in train_report.opening(config, mesh, state, 1)
 
 
 @pytest.mark.parametrize("implementation", ["flash", "splash"])
