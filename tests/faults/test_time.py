@@ -64,7 +64,7 @@ def test_a_slow_disk_delays_no_step_and_the_wait_for_it_is_accounted(tmp_path, m
 
     console = training.Lines(listen)
     assert training.train(tmp_path, console, checkpoint_period=4, steps=8, max_num_checkpoints_to_keep=1) == 0
-    assert reported[7] < written[0] and reported[7] - reported[4] < 1.5
+    assert reported[7] < written[0] and reported[7] - reported[4] < 2.5  # 3 and more had they waited
     (line,) = [line for line in console.lines if line.startswith("Goodput: ")]
     saving = float(re.search(r"; .*save ([\d.]+) s", line)[1])
     assert 3 < saving < 3 + 3 + 3
