@@ -10,14 +10,11 @@ from typing import Any
 import jax
 from ml_collections import FrozenConfigDict
 
-from MaxText import flops, hardware
+from MaxText import flops, hardware, models
 from MaxText.input_pipeline import tokenizer
 from MaxText.input_pipeline.loader import Datasets
 from MaxText.kernels import attention
 from MaxText.train_state import TrainState
-
-# attention_type -> its maps, the keys for them, and how many times as wide as a head its values are.
-_MAPS = {"standard": (1, 1, 1), "differential": (2, 2, 2), "differential_v2": (2, 1, 1)}
 
 
 class Console:
@@ -77,8 +74,9 @@ def opening(config: FrozenConfigDict, mesh: jax.sharding.Mesh, abstract: TrainSt
     """What the run is going to be, before anything is compiled."""
     devices = mesh.devices.flatten()
     per_step = model_flops_per_token(config) * tokens_per_step
-    maps, keys, widths = _MAPS[config.attention_type]
-    shape = (config.max_target_length, maps, keys, config.head_dim, widths * config.head_dim)
+    layer = models.ATTENTION_TYPES[config.attention_type]
+    query, key, (heads, width) = layer.shapes(config.base_num_query_heads, config.base_num_kv_heads, config.head_dim)
+    shape = (config.max_target_length, math.prod(query) // heads, math.prod(key[:-1]), config.head_dim, width)
     with jax.set_mesh(mesh):
         serves = attention.serving(config.attention, shape, config.dtype)
     return [
