@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -60,14 +59,9 @@ def splash_cycles(family: str, kind: str, length: int, block: int, is_fused: boo
     arrays = [jax.ShapeDtypeStruct(shape, "bfloat16", sharding=_replicated(mesh)) for shape in shapes]
     with jax.set_mesh(mesh):
         text = jax.jit(both).trace(*arrays).lower().compile().as_text() or ""
-    calls = re.split(r"\n  (?=%|ROOT)", re.sub(r'"body":"[^"]*"', "", text))
-    found = [
-        re.search(r'"bundle_analysis_data":\{[^}]*"estimated_cycles":"(\d+)"', call)
-        for call in calls
-        if "tpu_custom_call" in call
-    ]
-    assert len(found) == 2 + (not is_fused) and all(found), f"{len(found)} kernels"
-    return [int(match[1]) * maps // 2 for match in found if match]  # of two heads
+    calls = flash_blocks.kernel_calls(text)
+    assert len(calls) == 2 + (not is_fused), f"{len(calls)} kernels"
+    return [flash_blocks.cycles_of(call) * maps // 2 for call in calls]  # of two heads
 
 
 def hbm_bytes(family: str, kind: str, length: int, implementation: str) -> int:

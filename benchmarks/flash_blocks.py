@@ -63,12 +63,23 @@ def measure(family: str, shape: tuple[int, int, int, int], length: int) -> None:
 
 def _of_kernel(text: str, kernel: str) -> dict[str, int]:
     """Estimated cycles of one query head, and VMEM bytes, of the call of that kernel."""
-    calls = re.split(r"\n  (?=%|ROOT)", re.sub(r'"body":"[^"]*"', "", text))
-    (call,) = (c for c in calls if c.startswith("%") and kernel in c.split("=")[0] and "tpu_custom_call" in c)
-    cycles = re.search(r'"bundle_analysis_data":\{[^}]*"estimated_cycles":"(\d+)"', call)
+    (call,) = (call for call in kernel_calls(text) if call.startswith("%") and kernel in call.split("=")[0])
     vmem = re.search(r'"used_scoped_memory_configs":\[[^\]]*?"size":"(\d+)"', call)
-    assert cycles and vmem, call[-2000:]
-    return {"cycles": int(cycles[1]) // _HEADS, "vmem": int(vmem[1])}
+    assert vmem, call[-2000:]
+    return {"cycles": cycles_of(call) // _HEADS, "vmem": int(vmem[1])}
+
+
+def kernel_calls(text: str) -> list[str]:
+    """The calls of Pallas kernels in a program, without the kernels."""
+    instructions = re.split(r"\n  (?=%|ROOT)", re.sub(r'"body":"[^"]*"', "", text))
+    return [instruction for instruction in instructions if "tpu_custom_call" in instruction]
+
+
+def cycles_of(call: str) -> int:
+    """What the simulator estimates for a call."""
+    cycles = re.search(r'"bundle_analysis_data":\{[^}]*"estimated_cycles":"(\d+)"', call)
+    assert cycles, call[-2000:]
+    return int(cycles[1])
 
 
 def simulator(family: str, folder: str) -> dict[str, str]:
