@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention_blocked import attention_blocked
 from MaxText.kernels.attention_cached import CachedRows, attention_cached
+from MaxText.kernels.attention_cudnn import attention_cudnn
 from MaxText.kernels.attention_reference import RESIDUALS, attention_reference
 
-IMPLEMENTATIONS = ("dot_product", "blocked", "flash", "splash")
+IMPLEMENTATIONS = ("dot_product", "blocked", "flash", "splash", "cudnn")
 SPLASH_BLOCK = 512
 
 Shape = tuple[int, int, int, int, int]  # length of a row, maps, keys for them, head dim, value width
@@ -48,25 +49,18 @@ def attention(
     if name in ("dot_product", "blocked"):
         serve = attention_reference if name == "dot_product" else attention_blocked
         return checkpoint_name(serve(query, key, value, segment_ids), RESIDUALS)
+    axes = {"batch_axes": batch_axes, "head_axis": head_axis}
+    if name == "cudnn":
+        return checkpoint_name(attention_cudnn(query, key, value, segment_ids, **axes), RESIDUALS)
     # Imported here, because importing Pallas takes a quarter of a second.
     if name == "flash":
         from MaxText.kernels.attention_flash import attention_flash
 
-        axes = {"batch_axes": batch_axes, "head_axis": head_axis}
         return attention_flash(query, key, value, segment_ids, **axes, chip=chip(), interpret=False)
     from MaxText.kernels.splash import attention_splash
 
-    return attention_splash(
-        query,
-        key,
-        value,
-        segment_ids,
-        batch_axes=batch_axes,
-        head_axis=head_axis,
-        soft_cap=None,
-        block=SPLASH_BLOCK,
-        interpret=False,
-    )
+    options = {"soft_cap": None, "block": SPLASH_BLOCK, "interpret": False}
+    return attention_splash(query, key, value, segment_ids, **axes, **options)
 
 
 def platform() -> str:
@@ -83,7 +77,7 @@ def chip() -> str:
 
 def serving(implementation: str, shape: Shape, dtype: str) -> str:
     """As `chosen`, on the current mesh; of rows too long for flash `autoselected` takes splash, and says so once."""
-    name = chosen(implementation, platform(), shape[3])
+    name = chosen(implementation, platform(), shape[3], dtype)
     if implementation == "autoselected" and name == "flash":
         return "flash" if _flash_serves(chip(), shape, dtype) else "splash"
     return name
@@ -101,7 +95,7 @@ def _flash_serves(chip: str, shape: Shape, dtype: str) -> bool:
     return True
 
 
-def chosen(implementation: str, platform: str, head_dim: int) -> str:
+def chosen(implementation: str, platform: str, head_dim: int, dtype: str) -> str:
     """The name of the implementation that serves on that platform.
 
     Raises:
@@ -109,15 +103,29 @@ def chosen(implementation: str, platform: str, head_dim: int) -> str:
     """
     if implementation not in ("autoselected", *IMPLEMENTATIONS):
         raise ValueError(f"attention={implementation!r} is none of autoselected, {', '.join(IMPLEMENTATIONS)}")
-    problems = []
-    if platform != "tpu":
-        problems.append(f"it runs on TPUs, and the mesh's devices are {platform} devices")
-    if head_dim % 64:
-        problems.append(f"it takes heads whose width is a multiple of 64, and head_dim is {head_dim}")
-    if implementation in ("flash", "splash") and problems:
+    if implementation == "autoselected":
+        kernels = {"tpu": "flash", "gpu": "cudnn"}
+        name = kernels.get(platform, "blocked")
+        return "blocked" if _problems(name, platform, head_dim, dtype) else name
+    if problems := _problems(implementation, platform, head_dim, dtype):
         raise ValueError(
             f"attention={implementation} cannot serve: {'; '.join(problems)}. attention=autoselected takes what can"
         )
-    if implementation == "autoselected":
-        return "blocked" if problems else "flash"
     return implementation
+
+
+def _problems(name: str, platform: str, head_dim: int, dtype: str) -> list[str]:
+    problems = []
+    if name in ("flash", "splash"):
+        if platform != "tpu":
+            problems.append(f"it runs on TPUs, and the mesh's devices are {platform} devices")
+        if head_dim % 64:
+            problems.append(f"it takes heads whose width is a multiple of 64, and head_dim is {head_dim}")
+    if name == "cudnn":
+        if platform != "gpu":
+            problems.append(f"it runs on NVIDIA GPUs, and the mesh's devices are {platform} devices")
+        if head_dim % 8 or head_dim > 128:
+            problems.append(f"it takes heads whose width is a multiple of 8 up to 128, and head_dim is {head_dim}")
+        if dtype != "bfloat16":
+            problems.append(f"it computes in bfloat16, and dtype is {dtype}")
+    return problems

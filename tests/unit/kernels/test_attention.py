@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from MaxText import models, sharding, train_report, train_state
-from MaxText.kernels import attention, attention_flash, differential, flash, flash_blocks, splash
+from MaxText.kernels import attention, attention_cudnn, attention_flash, differential, flash, flash_blocks, splash
 from tests import support
 
 
@@ -46,12 +46,15 @@ AXES = {"batch_axes": sharding.BATCH_AXES, "head_axis": sharding.HEAD_AXIS}
 
 
 def serve(name, query, key, value, segment_ids):
-    """The implementation of that name; a TPU kernel is interpreted."""
+    """The implementation of that name; a TPU kernel is interpreted, a GPU's has its twin where there is no GPU."""
     if name == "splash":
         options = {"soft_cap": None, "block": 128, "interpret": True}
         return splash.attention_splash(query, key, value, segment_ids, **AXES, **options)
     if name == "flash":
         return attention_flash.attention_flash(query, key, value, segment_ids, **AXES, chip="test", interpret=True)
+    if name == "cudnn":
+        twin = "cudnn" if jax.default_backend() == "gpu" else "xla"
+        return attention_cudnn.attention_cudnn(query, key, value, segment_ids, **AXES, implementation=twin)
     return attention.attention(query, key, value, segment_ids, implementation=name, **AXES)
 
 
@@ -93,14 +96,43 @@ def test_bfloat16_in_bfloat16_out():
 
 def test_what_cannot_serve_is_refused_with_all_reasons():
     with pytest.raises(ValueError, match="attention='fast' is none of"):
-        attention.chosen("fast", "tpu", 64)
+        attention.chosen("fast", "tpu", 64, "bfloat16")
     with pytest.raises(ValueError, match=r"on TPUs, and the mesh's devices are cpu devices; .*head_dim is 40"):
-        attention.chosen("splash", "cpu", 40)
+        attention.chosen("splash", "cpu", 40, "bfloat16")
+    with pytest.raises(ValueError, match=r"on NVIDIA GPUs, .* are tpu devices; .*head_dim is 256; .*dtype is float32"):
+        attention.chosen("cudnn", "tpu", 256, "float32")
 
 
-def test_tpus_get_the_kernel_where_it_serves():
-    assert attention.chosen("autoselected", "tpu", 64) == "flash"
-    assert attention.chosen("autoselected", "tpu", 40) == attention.chosen("autoselected", "cpu", 64) == "blocked"
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "dtype", "name"),
+    [
+        ("tpu", 64, "float32", "flash"),
+        ("tpu", 40, "bfloat16", "blocked"),
+        ("gpu", 40, "bfloat16", "cudnn"),
+        ("gpu", 64, "float32", "blocked"),
+        ("gpu", 60, "bfloat16", "blocked"),
+        ("cpu", 64, "bfloat16", "blocked"),
+    ],
+)
+def test_a_chip_gets_its_kernel_where_it_serves(platform, head_dim, dtype, name):
+    assert attention.chosen("autoselected", platform, head_dim, dtype) == name
+
+
+@pytest.mark.parametrize(("num_kv_heads", "width"), [(1, 64), (2, 128)])
+def test_cudnn_takes_our_shapes_in_both_passes(num_kv_heads, width, monkeypatch):
+    """JAX's own checks, and what it would send to a GPU. That the kernels compute the same, a GPU has to show."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    *qkv, segment_ids = example(7, num_kv_heads, jnp.bfloat16, 64, width)
+
+    def loss(*qkv):
+        return jnp.sum(attention_cudnn.attention_cudnn(*qkv, segment_ids, **AXES).astype(jnp.float32))
+
+    with jax.set_mesh(support.mesh_of()):
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*qkv).lower(lowering_platforms=("cuda",))
+    for call in ("fmhaScaleBiasSoftmax", "fmhaScaleBiasSoftmaxBackward"):
+        calls = [line for line in lowered.as_text().splitlines() if f"@__cudnn${call}(" in line]
+        assert len(calls) == width // 64
+        assert all(r"\22mask_type\22: \22CAUSAL\22" in line for line in calls)
 
 
 @pytest.mark.parametrize(
@@ -161,17 +193,17 @@ def test_the_first_lines_of_a_run_name_what_serves(attention_type, longest, monk
         assert f"Attention: {name} (attention=autoselected)" in train_report.opening(config, mesh, state, 1)
 
 
-@pytest.mark.parametrize("implementation", ["flash", "splash"])
+@pytest.mark.parametrize("implementation", ["flash", "splash", "cudnn"])
 @pytest.mark.parametrize(("num_kv_heads", "head_dim", "value_dim"), [(1, 64, 64), (2, 64, 128), (4, 128, 128)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_tpu_kernels_match_the_reference(implementation, num_kv_heads, head_dim, value_dim, dtype):
-    arrays = example(200, num_kv_heads, dtype, head_dim, value_dim)
+def test_kernels_match_the_reference(implementation, num_kv_heads, head_dim, value_dim, dtype):
+    arrays = example(199, num_kv_heads, dtype, head_dim, value_dim)
     check_against_reference(implementation, *arrays, dtype, support.mesh_of())
 
 
-@pytest.mark.parametrize("implementation", ["flash", "splash"])
+@pytest.mark.parametrize("implementation", ["flash", "splash", "cudnn"])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-def test_tpu_kernels_with_heads_split_over_devices(implementation, num_kv_heads):
+def test_kernels_with_heads_split_over_devices(implementation, num_kv_heads):
     arrays = example(130, num_kv_heads, jnp.float32, 64, 64)
     check_against_reference(implementation, *arrays, jnp.float32, support.mesh_of(2, 1, 4))
 
