@@ -2,8 +2,9 @@
 
 Prints one JSON line for each chip, kind and length, and adds it to a file if one is named: the cycles of both, forward
 and backward, by the compiler's simulator, and the bytes that the whole operation moves through HBM. Estimates all.
-Splash has the better of two square blocks, with its two backward kernels or its fused one, and no segment ids; ours has
-them, and its cycles are those of `flash_blocks.json`.
+Splash has the better of two square blocks, with its two backward kernels or its fused one, for the cycles and for the
+bytes; in the simulator it has no segment ids. Ours has them, and its cycles are those of `flash_blocks.json`. The
+compiler counts each array of a kernel once; what splash's grids fetch beyond that is added by arithmetic, apart.
 Needs the TPU compiler (bash setup.sh --tpu-compiler), no TPU, and ten minutes of one core. Each measurement is a
 process of its own, because the simulator aborts on what it does not know. That of libtpu 0.0.42.1 knows no splash on
 v5e, and takes ten gigabytes and more on v6e: TPU_LIBRARY_PATH names a newer libtpu.so.
@@ -37,17 +38,17 @@ def splash_cycles(family: str, kind: str, length: int, block: int, is_fused: boo
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+    from MaxText.kernels import splash
+
     def causal(head, i, j, data_next, block_mask, mask_next, next_i=False):
         """What splash's own tables say of a causal mask; the simulator reads every table as zeros."""
         return (jnp.maximum(i, j) if next_i else jnp.minimum(i, j)), None, i >= j, i > j
 
     splash_attention_kernel._next_nonzero = causal
     maps, _, head_dim, width = KINDS[kind]
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    sizes = dict.fromkeys(names if is_fused else (*names, "block_q_dq", "block_kv_dq"), block)
     kernel = splash_attention_kernel.make_splash_mqa_single_device(
         splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * 2),
-        block_sizes=splash_attention_kernel.BlockSizes(**sizes, use_fused_bwd_kernel=is_fused),
+        block_sizes=splash.block_sizes(block, is_fused),
     )
 
     def both(q, k, v, d_context):
@@ -64,8 +65,8 @@ def splash_cycles(family: str, kind: str, length: int, block: int, is_fused: boo
     return [flash_blocks.cycles_of(call) * maps // 2 for call in calls]  # of two heads
 
 
-def hbm_bytes(family: str, kind: str, length: int, implementation: str) -> int:
-    """Bytes through HBM of the operation as the model calls it, forward and backward."""
+def hbm_bytes(family: str, kind: str, length: int, block: int | None, is_fused: bool) -> int:
+    """Bytes through HBM of the operation as the model calls it, forward and backward: ours, or splash in these blocks."""
     import jax
     import jax.numpy as jnp
 
@@ -82,13 +83,13 @@ def hbm_bytes(family: str, kind: str, length: int, implementation: str) -> int:
 
     def attend(q, k, v, weight, segments):
         ours = axes | {"chip": mesh.devices.flat[0].device_kind}
-        if implementation == "ours" and maps == 2:
+        if not block and maps == 2:
             return attention_flash.differential_flash(q, k, v, weight, segments, **ours)
-        if implementation == "ours":
+        if not block:
             return attention_flash.attention_flash(q[:, :, 0], k[:, :, 0], v, segments, **ours)
+        theirs = axes | {"soft_cap": None, "block": block, "has_fused_backward": is_fused}
         one, *others = (
-            splash.attention_splash(q[:, :, i], k[:, :, i % keys], v, segments, soft_cap=None, block=512, **axes)
-            for i in range(maps)
+            splash.attention_splash(q[:, :, i], k[:, :, i % keys], v, segments, **theirs) for i in range(maps)
         )
         for other in others:
             one = (one.astype(jnp.float32) - weight[..., None] * other.astype(jnp.float32)).astype(q.dtype)
@@ -105,6 +106,22 @@ def hbm_bytes(family: str, kind: str, length: int, implementation: str) -> int:
     chip = hardware.find_chip(mesh.devices.flat[0].device_kind)
     assert chip
     return cost.account(hlo.parse(text), family, chip.hbm_bandwidth, dict(mesh.shape)).hbm_bytes
+
+
+def splash_refetches(kind: str, length: int, block: int, is_fused: bool) -> int:
+    """Bytes that splash's grids fetch beyond each array once, by arithmetic; ours fetch each once.
+
+    For each block of queries the keys and values up to its end are fetched anew, in the forward kernel and in that of
+    the queries' gradient; queries and the context's gradient for each block of keys, in that of theirs.
+    """
+    maps, _, head_dim, width = KINDS[kind]
+    num_blocks = length // block
+    if num_blocks == 1:
+        return 0
+    # Of the blocks on and below the diagonal one is met twice running.
+    positions = HEADS * (num_blocks * (num_blocks + 1) // 2 - 1) * block
+    of_keys = (1 if is_fused else 2) * (positions - KV_HEADS * length)
+    return maps * ROWS * (of_keys + positions - HEADS * length) * (head_dim + width) * 2
 
 
 def _mesh(family: str):
@@ -139,23 +156,28 @@ def compare(family: str, kind: str, length: int, libtpu: str) -> dict[str, objec
     candidates = [(min(block, length), is_fused) for block in BLOCKS if block <= length for is_fused in (False, True)]
     splash = {one: _apart("splash_cycles", family, kind, length, *one) for one in candidates}
     known = {one: cycles for one, cycles in splash.items() if cycles}
-    (block, is_fused), least = min(known.items(), key=lambda item: sum(item[1])) if known else ((None, None), [])
+    best = min(known, key=lambda one: sum(known[one])) if known else candidates[0]
+    (block, is_fused), least = best, known.get(best, [])
     maps, _, head_dim, width = KINDS[kind]
     shape = (flash_blocks.CHIPS[family], "bfloat16", maps, head_dim, width)
     ours = [round(table.cycles(which, shape, length) or 0) for which in ("forward", "backward")]
-    moved = {one: _apart("hbm_bytes", family, kind, length, one) for one in ("ours", "splash")}
+    of_ours = _apart("hbm_bytes", family, kind, length, None, False)
+    of_splash = _apart("hbm_bytes", family, kind, length, block, is_fused)
+    refetched = splash_refetches(kind, length, block, is_fused)
     return {
         "chip": family,
         "attention": kind,
         "length": length,
         "cycles_of_a_head": ours,
         "splash_cycles_of_a_head": least,
-        "splash_block": block,
+        "splash_block": f"{block}{' fused' * is_fused}",
         "splash_all": {f"{b}{' fused' * f}": cycles for (b, f), cycles in known.items()},
         "ratio_cycles": round(sum(ours) / sum(least), 3) if least else None,
-        "hbm_megabytes": moved["ours"] and round(moved["ours"] / 1e6),
-        "splash_hbm_megabytes": moved["splash"] and round(moved["splash"] / 1e6),
-        "ratio_hbm": round(moved["ours"] / moved["splash"], 3) if moved["ours"] and moved["splash"] else None,
+        "hbm_megabytes": of_ours and round(of_ours / 1e6),
+        "splash_hbm_megabytes": of_splash and round(of_splash / 1e6),
+        "splash_refetched_megabytes": round(refetched / 1e6),
+        "ratio_hbm": round(of_ours / of_splash, 3) if of_ours and of_splash else None,
+        "ratio_hbm_with_refetches": round(of_ours / (of_splash + refetched), 3) if of_ours and of_splash else None,
         "splash_libtpu": libtpu,
         "date": datetime.date.today().isoformat(),
     }

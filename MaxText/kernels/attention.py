@@ -59,7 +59,7 @@ def attention(
         return attention_flash(query, key, value, segment_ids, **axes, chip=chip(), interpret=False)
     from MaxText.kernels.splash import attention_splash
 
-    options = {"soft_cap": None, "block": SPLASH_BLOCK, "interpret": False}
+    options = {"soft_cap": None, "block": SPLASH_BLOCK, "has_fused_backward": False, "interpret": False}
     return attention_splash(query, key, value, segment_ids, **axes, **options)
 
 

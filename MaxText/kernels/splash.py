@@ -26,28 +26,32 @@ def attention_splash(
     head_axis: str,
     soft_cap: float | None,
     block: int,
+    has_fused_backward: bool,
     interpret: bool,
 ) -> Float[Array, "B T N W"]:
     """As `attention_reference`, on the current mesh.
 
     Args:
         block: queries and keys that one step of the kernel takes; a multiple of 128.
+        has_fused_backward: one backward kernel, not two: fewer cycles, but the queries' gradient once for each block of
+            keys, added up afterwards.
         interpret: run the kernel's logic without a TPU; slow.
     """
     rows = PartitionSpec(batch_axes)
     heads = PartitionSpec(batch_axes, None, head_axis)
     kv_heads = rows if key.shape[2] == 1 else heads
-    local = functools.partial(_local, soft_cap=soft_cap, block=block, interpret=interpret)
+    options = {"soft_cap": soft_cap, "is_fused": has_fused_backward, "interpret": interpret}
+    local = functools.partial(_local, block=block, options=options)
     mapped = jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False)
     return mapped(query, key, value, segment_ids)
 
 
-def _local(query, key, value, segment_ids, *, soft_cap, block, interpret):
+def _local(query, key, value, segment_ids, *, block, options):
     length, num_heads, head_dim = query.shape[1:]
     padded = -(-length // LANES) * LANES
     block = min(block, padded)
     padded = -(-padded // block) * block
-    kernel = _kernel(padded, num_heads, key.shape[2] == 1, soft_cap, block, interpret)
+    kernel = _kernel(padded, num_heads, key.shape[2] == 1, block, **options)
 
     def heads_first(x):
         return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))), 1, 2)
@@ -63,25 +67,24 @@ def _local(query, key, value, segment_ids, *, soft_cap, block, interpret):
     return jnp.swapaxes(context, 1, 2)[:, :length]
 
 
-def _kernel(length: int, num_heads: int, is_mqa: bool, soft_cap: float | None, block: int, interpret: bool):
+def _kernel(
+    length: int, num_heads: int, is_mqa: bool, block: int, *, soft_cap: float | None, is_fused: bool, interpret: bool
+):
     mask = splash_attention_mask.CausalMask((length, length))
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
     make = splash_attention_kernel.make_splash_mqa if is_mqa else splash_attention_kernel.make_splash_mha
     return make(
         splash_attention_mask.MultiHeadMask([mask] * num_heads),
-        block_sizes=sizes,
+        block_sizes=block_sizes(block, is_fused),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap,
         residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
+
+
+def block_sizes(block: int, is_fused: bool) -> splash_attention_kernel.BlockSizes:
+    """Square blocks for all kernels."""
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    names = names if is_fused else (*names, "block_q_dq", "block_kv_dq")
+    return splash_attention_kernel.BlockSizes(**dict.fromkeys(names, block), use_fused_bwd_kernel=is_fused)

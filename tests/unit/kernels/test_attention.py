@@ -48,7 +48,7 @@ AXES = {"batch_axes": sharding.BATCH_AXES, "head_axis": sharding.HEAD_AXIS}
 def serve(name, query, key, value, segment_ids):
     """The implementation of that name; a TPU kernel is interpreted, a GPU's has its twin where there is no GPU."""
     if name == "splash":
-        options = {"soft_cap": None, "block": 128, "interpret": True}
+        options = {"soft_cap": None, "block": 128, "has_fused_backward": False, "interpret": True}
         return splash.attention_splash(query, key, value, segment_ids, **AXES, **options)
     if name == "flash":
         return attention_flash.attention_flash(query, key, value, segment_ids, **AXES, chip="test", interpret=True)
