@@ -66,7 +66,7 @@ def splash_cycles(family: str, kind: str, length: int, block: int, is_fused: boo
 
 
 def hbm_bytes(family: str, kind: str, length: int, block: int | None, is_fused: bool) -> int:
-    """Bytes through HBM of the operation as the model calls it, forward and backward: ours, or splash in these blocks."""
+    """Bytes through HBM of the operation as the model calls it, both passes: ours, or splash in these blocks."""
     import jax
     import jax.numpy as jnp
 
