@@ -28,10 +28,8 @@ def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str]
     """
     if config.sweep:
         return _sweep(config, arguments, emit)
-    topology = _topology(config)
-    slices = config.compile_topology_num_slices
-    job, _ = make_job(config, topologies.devices(topology, slices)).settled(num_windows=None)
-    lowered = lower(job)
+    topology, slices = _topology(config), config.compile_topology_num_slices
+    job, lowered = lowered_step(config)
     compiled, found = _compiled(job, lowered, topology)
     for line in report.describe(found):
         emit(line)
@@ -45,6 +43,13 @@ def run(config: FrozenConfigDict, arguments: Sequence[str], emit: Callable[[str]
         size = executable.save(saved, job, lowered, compiled)
         emit(f"Executable: {saved} ({size / 2**20:.1f} MiB); train.py with the same keys loads it")
     return 0 if found["memory"]["fits"] else 1
+
+
+def lowered_step(config: FrozenConfigDict) -> tuple[Job, jax.stages.Lowered]:
+    """The job on the topology of the config, and its step before it is compiled; errors as for `run`."""
+    devices = topologies.devices(_topology(config), config.compile_topology_num_slices)
+    job, _ = make_job(config, devices).settled(num_windows=None)
+    return job, lower(job)
 
 
 def _compiled(

@@ -22,7 +22,7 @@ from MaxText.kernels import flash
 def save(path: Path, job: Job, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> int:
     """Writes the job's compiled step; the size of the executable in bytes."""
     payload, _, _ = serialize_executable.serialize(compiled)
-    head = {"executable": hashlib.sha256(payload).hexdigest(), "of": _identity(job, lowered)}
+    head = {"executable": hashlib.sha256(payload).hexdigest(), "of": identity(job, lowered)}
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(json.dumps(head).encode() + b"\n" + payload)
     partial.replace(path)
@@ -56,7 +56,7 @@ def _load(path: Path, job: Job, lowered: jax.stages.Lowered) -> jax.stages.Compi
         raise ValueError("it is no file of train_compile.py") from None
     if hashlib.sha256(payload).hexdigest() != digest:
         raise ValueError("it is damaged")
-    for what, mine in _identity(job, lowered).items():
+    for what, mine in identity(job, lowered).items():
         if saved.get(what) != mine:
             raise ValueError(f"{what} of its step: {saved.get(what)}; of this run's: {mine}")
     devices = list(job.mesh.devices.flat)
@@ -72,8 +72,8 @@ def versions() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in packages)
 
 
-def _identity(job: Job, lowered: jax.stages.Lowered) -> dict[str, str]:
-    """What the step of a file and that of a run must have in common; the program holds all that the config says."""
+def identity(job: Job, lowered: jax.stages.Lowered) -> dict[str, str]:
+    """What two steps that compile to the same executable have in common; the program holds all that the config says."""
     devices = job.mesh.devices
     kind = devices.flat[0].device_kind
     chip = hardware.find_chip(kind)
@@ -82,11 +82,11 @@ def _identity(job: Job, lowered: jax.stages.Lowered) -> dict[str, str]:
         "the topology": f"{kind}, {' x '.join(map(str, devices.shape))}",
         "the versions": versions(),
         "the compiler options": " ".join(f"{name}={value}" for name, value in options.items()),
-        "the program": _digest(lowered.as_text()),
+        "the program": digest(lowered.as_text()),
     }
 
 
-def _digest(program: str) -> str:
+def digest(program: str) -> str:
     """Of a lowered program; of its kernels the sources, because a kernel's body holds paths of this machine."""
     kernels = sorted(path for path in Path(flash.__file__).parent.iterdir() if path.suffix in (".py", ".json"))
     parts = [re.sub(r"\\22body\\22: \\22[^\\]*", "", program).encode(), *(path.read_bytes() for path in kernels)]

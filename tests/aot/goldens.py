@@ -1,11 +1,12 @@
 """What the TPU compiler made of each config when someone last looked: python -m tests.aot.goldens [CASE] rewrites it.
 
-In `goldens.txt`, one paragraph for each config and topology; the test compares them and shows the difference.
+In `goldens.txt`, one paragraph for each config and topology; the test compares them and shows the difference. Each says
+which step it is of, as `compiled_trainstep_file` does: of that one the same compiler makes the same again, so the large
+ones are compiled only when the step has changed, or with LONG_TESTS=1.
 """
 
 import difflib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tests import support
+from tests.aot import flash_kernels
 
 PATH = Path(__file__).with_name("goldens.txt")
-# XLA's flags of the tests are for CPUs; the compiler must see what a user's would.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+ENVIRONMENT = flash_kernels.ENVIRONMENT
 # The keys that configs/pythonlm_1b.yml names for chips of 16 GB.
 FSDP = ("ici_data_parallelism=1", "ici_fsdp_parallelism=8", "per_device_batch_size=4", "gradient_accumulation_steps=2")
 CASES: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,29 @@ CASES: dict[str, tuple[str, ...]] = {
     "pythonlm_1b on v6e-1": ("configs/pythonlm_1b.yml", "compile_topology=v6e-1"),
     "pythonlm_1b on v5e-8": ("configs/pythonlm_1b.yml", "compile_topology=v5e-8", *FSDP),
 }
+ALWAYS_COMPILED = ("validate_10m on v5e-8",)
+FLASH = "the flash kernels"
+
+
+IDENTITY = """
+import json, os, sys
+from MaxText import pyconfig
+from MaxText.aot import topologies
+topologies.prepare_environment(os.environ)
+from MaxText.aot import compile, executable
+job, lowered = compile.lowered_step(pyconfig.initialize(sys.argv[1:], os.environ))
+print(json.dumps(executable.identity(job, lowered)))
+"""
+
+
+def step(case: str) -> str:
+    """The line that names the step, before it is compiled: its program, its topology and what compiles it."""
+    command = [sys.executable, "-c", IDENTITY, *CASES[case]]
+    done = subprocess.run(command, cwd=support.ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return "  the step: " + ", ".join(value for value in found.values() if value)
 
 
 def compiled(case: str) -> dict[str, Any]:
@@ -42,7 +66,7 @@ def compiled(case: str) -> dict[str, Any]:
 
 
 def facts(case: str, found: dict[str, Any]) -> list[str]:
-    """The lines of one paragraph: what a change of sharding, memory or kernels would alter."""
+    """The lines of one paragraph but that of the step: what a change of sharding, memory or kernels would alter."""
     memory = found["memory"]
     if "refused" in memory:
         return [f"{case}: does not fit: {memory['refused']}"]
@@ -79,11 +103,13 @@ def difference(old: list[str], new: list[str]) -> str:
 
 def main() -> None:
     paragraphs = recorded()
-    for case in sys.argv[1:] or CASES:
-        new = facts(case, compiled(case))
+    for case in sys.argv[1:] or (FLASH, *CASES):
+        new = flash_kernels.compiled(case) if case == FLASH else [*facts(case, compiled(case)), step(case)]
         print(difference(paragraphs.get(case, []), new) or f"{case}: as recorded", flush=True)
         paragraphs[case] = new
-        PATH.write_text("\n\n".join("\n".join(paragraphs[name]) for name in CASES if name in paragraphs) + "\n")
+        PATH.write_text(
+            "\n\n".join("\n".join(paragraphs[name]) for name in (FLASH, *CASES) if name in paragraphs) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -21,8 +22,12 @@ RUN = {"env": goldens.ENVIRONMENT, "capture_output": True, "text": True}
 @pytest.mark.slow
 @pytest.mark.parametrize("case", goldens.CASES)
 def test_what_the_compiler_makes_of_a_config_is_as_recorded(case):
+    *recorded, step = goldens.recorded().get(case, [f"{case}: not recorded", ""])
+    if case not in goldens.ALWAYS_COMPILED and "LONG_TESTS" not in os.environ and step == goldens.step(case):
+        assert ": fits" in recorded[0]  # it is the very step whose compilation was recorded
+        return
     found = goldens.compiled(case)
-    changed = goldens.difference(goldens.recorded().get(case, []), goldens.facts(case, found))
+    changed = goldens.difference(recorded, goldens.facts(case, found))
     assert not changed, (
         f"\n{changed}\n\nIs a weight gathered that was not, or an array as large as the vocabulary new? If that is "
         "meant: python -m tests.aot.goldens, and put the difference into the description of the change."
@@ -45,6 +50,7 @@ def test_a_config_that_cannot_be_is_refused_in_words(tmp_path):
 
 def test_two_slices_are_one_mesh(tmp_path):
     small = ["base_num_decoder_layers=1", "vocab_size=1024", "num_vocab_tiling=1", "compile_topology=v5e-8"]
+    small += ["base_emb_dim=128", "base_mlp_dim=256", "max_target_length=128", "attention=blocked"]
     slices = [
         "compile_topology_num_slices=2",
         "dcn_data_parallelism=2",
