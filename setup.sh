@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly UV_VERSION=0.13.8      # installs a lock in seconds; without it pip does the same in minutes
 readonly TORCH_VERSION=2.13.0   # the tests compare with it; setup chooses its build, so no lock holds it
+readonly TORCH_FOLDER=.venv/torch
 
 usage() {
   cat <<'TEXT'
@@ -13,7 +14,7 @@ usage: bash setup.sh [options]
   --device DEVICE   cpu, tpu or cuda (default: what this machine has)
   --data            also what prepare_data.py and dataset_type=hf read: Parquet, the Hugging Face hub, .zst, TFDS
   --test            also what the tests and checks need, --data among it; PyTorch too where a CPU-only build of it is on offer
-  --torch           also PyTorch, whichever build is on offer (for Linux usually the CUDA one, several GB)
+  --torch           also PyTorch for the tests, whichever build is on offer (for Linux usually the CUDA one, several GB)
   --tpu-compiler    also the TPU compiler, which compiles for a TPU on a machine that has none
   -h, --help        this text
 TEXT
@@ -148,10 +149,11 @@ offered_torch() {
     .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null
 }
 
-# install_torch yes|cpu-only: PyTorch by pip, because only pip's own settings say where a CPU-only build is.
+# install_torch yes|cpu-only: PyTorch by pip, because only pip's own settings say where a CPU-only build is. It gets a
+# folder of its own, which the tests put on their path: transformers imports any PyTorch it finds, which takes seconds.
 install_torch() {
-  local start=$SECONDS build="" left_out=.venv/installed/torch_left_out
-  if .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))'; then
+  local start=$SECONDS build="" left_out=.venv/installed/torch_left_out words=(--target "$TORCH_FOLDER")
+  if [[ -d $TORCH_FOLDER/torch ]]; then
     say "torch: there"
     return
   fi
@@ -162,9 +164,10 @@ install_torch() {
       say "torch: left out, no CPU-only build of $TORCH_VERSION on offer; tests that need it are skipped (see --torch)"
       return
     fi
+    words+=(--no-deps)  # what this build needs is in the lock of the tests
   fi
   say "torch: installing $TORCH_VERSION"
-  .venv/bin/python -m pip install --quiet --no-compile "torch==$TORCH_VERSION" 2>.venv/installed/error ||
+  .venv/bin/python -m pip install --quiet --no-compile "${words[@]}" "torch==$TORCH_VERSION" 2>.venv/installed/error ||
     die "could not install torch $TORCH_VERSION; pip says:
 $(grep ERROR .venv/installed/error | tail -n 3)"
   say "torch: installed in $((SECONDS - start)) s"

@@ -3,7 +3,7 @@
 In: a config that transformers has a model for, prompt length, new tokens, batch sizes, rounds. Out: one JSON line for
 each batch size: tokens/s of both, of reading prompts, of writing and of both together, the ratios, and whether the
 texts agree. Ours reads prompts one after the other, as a server gets them.
-Run it from the repository's root: python -m benchmarks.generation
+Run it from the repository's root: PYTHONPATH=.venv/torch .venv/bin/python -m benchmarks.generation
 """
 
 import argparse

@@ -8,6 +8,7 @@ it but the optimizing compiler, which those that need it ask for by removing XLA
 import importlib.util
 import os
 import pathlib
+import sys
 from importlib.metadata import version
 
 import jaxtyping
@@ -32,6 +33,9 @@ TEST_ENVIRONMENT = {
 # The workers of pytest-xdist inherit the environment with the additions, so what was added is noted there too.
 _ADDED = os.environ.setdefault("TESTS_ADDED", " ".join(sorted(TEST_ENVIRONMENT.keys() - os.environ.keys()))).split()
 os.environ.update({name: TEST_ENVIRONMENT[name] for name in _ADDED})
+
+# Of the tests only, because what they start should have what a user has.
+sys.path.append(str(ROOT / ".venv" / "torch"))
 
 # Annotations such as Float[Array, "B T D"] become checks, here only: at run time they cost nothing.
 jaxtyping.install_import_hook("MaxText", "beartype.beartype")
