@@ -40,6 +40,11 @@ def small_config(**overrides: object) -> FrozenConfigDict:
     return pyconfig.initialize([str(ROOT / "configs/base.yml"), *(f"{k}={v}" for k, v in keys.items())], {})
 
 
+def initial_params(config: FrozenConfigDict, seed: int = 0):
+    """A model's parameters, made by one program."""
+    return jax.jit(lambda key: models.initial_params(config, key))(jax.random.key(seed))
+
+
 def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """A mesh over the first CPU devices."""
     return sharding.make_mesh((data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])

@@ -14,9 +14,8 @@ from pathlib import Path
 import jax
 from jax.experimental import serialize_executable
 
-from MaxText import compiler_options, hardware
+from MaxText import compiler_options, hardware, kernels
 from MaxText.job import Job
-from MaxText.kernels import flash
 
 
 def save(path: Path, job: Job, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> int:
@@ -88,6 +87,6 @@ def identity(job: Job, lowered: jax.stages.Lowered) -> dict[str, str]:
 
 def digest(program: str) -> str:
     """Of a lowered program; of its kernels the sources, because a kernel's body holds paths of this machine."""
-    kernels = sorted(path for path in Path(flash.__file__).parent.iterdir() if path.suffix in (".py", ".json"))
-    parts = [re.sub(r"\\22body\\22: \\22[^\\]*", "", program).encode(), *(path.read_bytes() for path in kernels)]
+    sources = sorted(path for path in Path(kernels.__path__[0]).iterdir() if path.suffix in (".py", ".json"))
+    parts = [re.sub(r"\\22body\\22: \\22[^\\]*", "", program).encode(), *(path.read_bytes() for path in sources)]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

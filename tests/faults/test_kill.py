@@ -9,7 +9,6 @@ from tests.faults import kill
 @pytest.mark.slow
 @pytest.mark.faults
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(tmp_path, user_environment):
-    user_environment.pop("XLA_FLAGS", None)  # the very program that a user's run compiles
     harness = kill.Harness(tmp_path, user_environment, support.ROOT / ".pytest_cache/jax_kill", seed=2)
     kills = harness.run_with_kills("killed", 4)
     assert len(kills) >= 3 and max(each.reached for each in kills) > kill.PERIOD, kills

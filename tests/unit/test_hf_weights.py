@@ -46,7 +46,7 @@ def pair(request, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = support.small_config(**CONFIGS[request.param], initializer_range=0.2)
-    params = jax.device_get(models.initial_params(config, jax.random.key(3)))
+    params = jax.device_get(support.initial_params(config, 3))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + rng.normal(scale=0.05, size=p.shape).astype(np.float32), params)
     hf_directory.write(tmp_path, config, params, "float32", None)
@@ -89,14 +89,14 @@ def test_logits_and_gradients_match(pair):
 def test_there_and_back_is_exact():
     for keys in CONFIGS.values():
         config = support.small_config(**keys)
-        params = jax.device_get(models.initial_params(config, jax.random.key(0)))
+        params = jax.device_get(support.initial_params(config))
         back = hf_weights.from_hugging_face(hf_weights.to_hugging_face(params), models.abstract(config).params)
         jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 def test_what_does_not_fit_is_named():
     config = support.small_config()
-    weights = hf_weights.to_hugging_face(jax.device_get(models.initial_params(config, jax.random.key(0))))
+    weights = hf_weights.to_hugging_face(jax.device_get(support.initial_params(config)))
     del weights["model.layers.1.mlp.up_proj.weight"]
     weights["model.norm.weight"] = np.zeros(5, np.float32)
     weights["lm_head.weight"] = np.zeros((2, 2), np.float32)

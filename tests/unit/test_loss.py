@@ -1,5 +1,7 @@
 """The loss of several heads and what decoding would accept of them, against sums over tokens in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +24,18 @@ def test_every_sum_is_that_over_the_tokens_one_by_one():
     placed = jax.tree.map(jnp.asarray, batch)
     model = models.abstract(config)
     with jax.set_mesh(support.mesh_of()):
-        params = models.initial_params(config, jax.random.key(1))
-        total, sums = loss.training_sums(config, model, params, placed, mtp_weight=WEIGHT, head_dtype="float32")
-        evaluated = loss.evaluation_sums(config, model, params, placed, "float32")
-        whole = model.merge(params)
+        params = support.initial_params(config, 1)
+        train = functools.partial(loss.training_sums, config, model, mtp_weight=WEIGHT, head_dtype="float32")
+        total, sums = jax.jit(train)(params, placed)
+        evaluated = jax.jit(lambda *arrays: loss.evaluation_sums(config, model, *arrays, "float32"))(params, placed)
         inputs = [placed[name] for name in ("inputs", "inputs_position", "inputs_segmentation", "targets")]
-        hidden = whole.of_all_heads(*inputs, jnp.asarray(counts, jnp.float32), None)
-        scores = [np.asarray(whole.scores(state), np.float64)[..., :-PADDING] for state in hidden]
+
+        def of_all_heads(params, *inputs):
+            whole = model.merge(params)
+            return [whole.scores(hidden) for hidden in whole.of_all_heads(*inputs, None)]
+
+        found = jax.jit(of_all_heads)(params, *inputs, jnp.asarray(counts, jnp.float32))
+        scores = [np.asarray(each, np.float64)[..., :-PADDING] for each in found]
 
     tokens = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
     chosen = [each.argmax(-1) for each in scores]
