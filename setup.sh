@@ -145,15 +145,15 @@ with_uv() {
 
 # Prints the version pip would install, such as 2.13.0+cpu.
 offered_torch() {
-  .venv/bin/python -m pip install --quiet --dry-run --no-deps --report - "torch==$TORCH_VERSION" 2>/dev/null |
+  .venv/bin/python -m pip install --quiet --dry-run --ignore-installed --no-deps --report - "torch==$TORCH_VERSION" 2>/dev/null |
     .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null
 }
 
 # install_torch yes|cpu-only: PyTorch by pip, because only pip's own settings say where a CPU-only build is. It gets a
 # folder of its own, which the tests put on their path: transformers imports any PyTorch it finds, which takes seconds.
 install_torch() {
-  local start=$SECONDS build="" left_out=.venv/installed/torch_left_out words=(--target "$TORCH_FOLDER")
-  if [[ -d $TORCH_FOLDER/torch ]]; then
+  local start=$SECONDS build="" left_out=.venv/installed/torch_left_out there=.venv/installed/torch words=(--target "$TORCH_FOLDER")
+  if [[ $(cat "$there" 2>/dev/null) == "$TORCH_VERSION" ]]; then
     say "torch: there"
     return
   fi
@@ -164,12 +164,14 @@ install_torch() {
       say "torch: left out, no CPU-only build of $TORCH_VERSION on offer; tests that need it are skipped (see --torch)"
       return
     fi
-    words+=(--no-deps)  # what this build needs is in the lock of the tests
+    words+=(--no-deps)  # what this build needs is in the locks
   fi
   say "torch: installing $TORCH_VERSION"
+  rm -rf "$TORCH_FOLDER"
   .venv/bin/python -m pip install --quiet --no-compile "${words[@]}" "torch==$TORCH_VERSION" 2>.venv/installed/error ||
     die "could not install torch $TORCH_VERSION; pip says:
 $(grep ERROR .venv/installed/error | tail -n 3)"
+  echo "$TORCH_VERSION" >"$there"
   say "torch: installed in $((SECONDS - start)) s"
 }
 

@@ -4,7 +4,7 @@ Prints one JSON line for each chip, kind and length, and adds it to a file if on
 and backward, by the compiler's simulator, and the bytes that the whole operation moves through HBM. Estimates all.
 Splash has the better of two square blocks, with its two backward kernels or its fused one, for the cycles and for the
 bytes; in the simulator it has no segment ids. Ours has them, and its cycles are those of `flash_blocks.json`. The
-compiler counts each array of a kernel once; what splash's grids fetch beyond that is added by arithmetic, apart.
+compiler counts each array of a kernel once, also where a grid fetches it anew.
 Needs the TPU compiler (bash setup.sh --tpu-compiler), no TPU, and ten minutes of one core. Each measurement is a
 process of its own, because the simulator aborts on what it does not know. That of libtpu 0.0.42.1 knows no splash on
 v5e, and takes ten gigabytes and more on v6e: TPU_LIBRARY_PATH names a newer libtpu.so.
@@ -108,22 +108,6 @@ def hbm_bytes(family: str, kind: str, length: int, block: int | None, is_fused: 
     return cost.account(hlo.parse(text), family, chip.hbm_bandwidth, dict(mesh.shape)).hbm_bytes
 
 
-def splash_refetches(kind: str, length: int, block: int, is_fused: bool) -> int:
-    """Bytes that splash's grids fetch beyond each array once, by arithmetic; ours fetch each once.
-
-    For each block of queries the keys and values up to its end are fetched anew, in the forward kernel and in that of
-    the queries' gradient; queries and the context's gradient for each block of keys, in that of theirs.
-    """
-    maps, _, head_dim, width = KINDS[kind]
-    num_blocks = length // block
-    if num_blocks == 1:
-        return 0
-    # Of the blocks on and below the diagonal one is met twice running.
-    positions = HEADS * (num_blocks * (num_blocks + 1) // 2 - 1) * block
-    of_keys = (1 if is_fused else 2) * (positions - KV_HEADS * length)
-    return maps * ROWS * (of_keys + positions - HEADS * length) * (head_dim + width) * 2
-
-
 def _mesh(family: str):
     from MaxText import sharding
     from MaxText.aot import topologies
@@ -163,7 +147,6 @@ def compare(family: str, kind: str, length: int, libtpu: str) -> dict[str, objec
     ours = [round(table.cycles(which, shape, length) or 0) for which in ("forward", "backward")]
     of_ours = _apart("hbm_bytes", family, kind, length, None, False)
     of_splash = _apart("hbm_bytes", family, kind, length, block, is_fused)
-    refetched = splash_refetches(kind, length, block, is_fused)
     return {
         "chip": family,
         "attention": kind,
@@ -175,9 +158,7 @@ def compare(family: str, kind: str, length: int, libtpu: str) -> dict[str, objec
         "ratio_cycles": round(sum(ours) / sum(least), 3) if least else None,
         "hbm_megabytes": of_ours and round(of_ours / 1e6),
         "splash_hbm_megabytes": of_splash and round(of_splash / 1e6),
-        "splash_refetched_megabytes": round(refetched / 1e6),
         "ratio_hbm": round(of_ours / of_splash, 3) if of_ours and of_splash else None,
-        "ratio_hbm_with_refetches": round(of_ours / (of_splash + refetched), 3) if of_ours and of_splash else None,
         "splash_libtpu": libtpu,
         "date": datetime.date.today().isoformat(),
     }

@@ -75,6 +75,14 @@ def chip() -> str:
     return "" if device is None else device.device_kind
 
 
+def compute_capability() -> float:
+    """Of this process's first device, as NVIDIA counts; 0 of a device that is not NVIDIA's."""
+    try:
+        return float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    except ValueError:  # AMD's are words
+        return 0.0
+
+
 def serving(implementation: str, shape: Shape, dtype: str) -> str:
     """As `chosen`, on the current mesh; of rows too long for flash `autoselected` takes splash, and says so once."""
     name = chosen(implementation, platform(), shape[3], dtype)
@@ -124,6 +132,8 @@ def _problems(name: str, platform: str, head_dim: int, dtype: str) -> list[str]:
     if name == "cudnn":
         if platform != "gpu":
             problems.append(f"it runs on NVIDIA GPUs, and the mesh's devices are {platform} devices")
+        elif compute_capability() < 8:
+            problems.append(f"it needs compute capability 8.0, NVIDIA's Ampere, and this is {compute_capability()}")
         if head_dim % 8 or head_dim > 128:
             problems.append(f"it takes heads whose width is a multiple of 8 up to 128, and head_dim is {head_dim}")
         if dtype != "bfloat16":

@@ -1,7 +1,8 @@
 """Causal attention by cuDNN's fused kernels for NVIDIA GPUs, run on each device's own rows and heads.
 
 They skip what is above the diagonal and take values as wide as the keys, so wider values are taken in pieces. Documents
-are kept apart by a mask of two bytes for each pair of positions of a row, the only [T, S] array.
+are kept apart by a mask of two bytes for each pair of positions of a row; JAX makes a gradient of it that nobody reads.
+What the backward pass needs has no name to be kept by: a layer that is rematerialized runs the forward kernel again.
 """
 
 import functools

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-RESIDUALS = "context"  # checkpoint_name, in every implementation, of what the backward pass needs besides q, k, v
+# checkpoint_name, in every implementation, of what the backward pass needs besides q, k, v; cuDNN's sums have no name
+RESIDUALS = "context"
 _MASKED = -1e30  # finite, so that a row's maximum is never the result of inf - inf
 
 

@@ -45,7 +45,7 @@ for family in ("v5e", "v6e"):
             with jax.set_mesh(mesh):
                 text = jax.jit(gradient).trace(array(dtype=jnp.int32), *arrays).lower().compile().as_text()
             assert f"flash_{{maps}}_forward" in text and f"flash_{{maps}}_backward" in text
-            print(f"  compiled for {{family}}: {{maps}} maps, {{keys}} keys, {{width}} wide, {{length}} positions")
+            print("compiled", family, maps, keys, heads, kv_heads, head_dim, width, length)
 """
 
 
@@ -62,7 +62,18 @@ def compiled(title: str) -> list[str]:
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    return [f"{title}:", *(line for line in done.stdout.splitlines() if line.startswith("  compiled")), sources()]
+    lines = [f"  {line}" for line in done.stdout.splitlines() if line.startswith("compiled")]
+    return [f"{title}:", *lines, sources()]
+
+
+def expected() -> list[str]:
+    """The lines between the title and the sources: chip, maps, keys, heads, key/value heads, widths, positions."""
+    return [
+        "  compiled " + " ".join(map(str, (family, *shape, length)))
+        for family in ("v5e", "v6e")
+        for *shape, lengths in SHAPES
+        for length in lengths
+    ]
 
 
 def sources() -> str:

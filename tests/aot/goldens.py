@@ -1,11 +1,12 @@
 """What the TPU compiler made of each config when someone last looked: python -m tests.aot.goldens [CASE] rewrites it.
 
 In `goldens.txt`, one paragraph for each config and topology; the test compares them and shows the difference. Each says
-which step it is of, as `compiled_trainstep_file` does: of that one the same compiler makes the same again, so the large
-ones are compiled only when the step has changed, or with LONG_TESTS=1.
+which step it is of, as `compiled_trainstep_file` does: of that one the same compiler makes the same again, so it is
+compiled only when the step has changed, or with LONG_TESTS=1.
 """
 
 import difflib
+import hashlib
 import json
 import subprocess
 import sys
@@ -25,7 +26,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "pythonlm_1b on v6e-1": ("configs/pythonlm_1b.yml", "compile_topology=v6e-1"),
     "pythonlm_1b on v5e-8": ("configs/pythonlm_1b.yml", "compile_topology=v5e-8", *FSDP),
 }
-ALWAYS_COMPILED = ("validate_10m on v5e-8",)
 FLASH = "the flash kernels"
 
 
@@ -41,13 +41,15 @@ print(json.dumps(executable.identity(job, lowered)))
 
 
 def step(case: str) -> str:
-    """The line that names the step, before it is compiled: its program, its topology and what compiles it."""
+    """The line that names the step before it is compiled: its topology, the compiler, the program; and our account."""
     command = [sys.executable, "-c", IDENTITY, *CASES[case]]
     done = subprocess.run(command, cwd=support.ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr[-3000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return "  the step: " + ", ".join(value for value in found.values() if value)
+    readers = sorted([*(support.ROOT / "MaxText/aot").glob("*.py"), Path(__file__)])
+    account = hashlib.sha256(b"".join(path.read_bytes() for path in readers)).hexdigest()[:8]
+    return f"  the step: {', '.join(value for value in found.values() if value)}; accounted for by {account}"
 
 
 def compiled(case: str) -> dict[str, Any]:
@@ -80,6 +82,18 @@ def facts(case: str, found: dict[str, Any]) -> list[str]:
     return [*lines, *sorted(f"  large: {b['array']} from {_place(b['source'])}" for b in memory["largest"])]
 
 
+def paragraph(case: str) -> list[str]:
+    """What there is to record.
+
+    Raises:
+        RuntimeError: the step was changed while it was compiled.
+    """
+    before, lines = step(case), facts(case, compiled(case))
+    if step(case) != before:
+        raise RuntimeError(f"{case}: the step was changed while it was compiled; nothing is recorded of it")
+    return [*lines, before]
+
+
 def _size(size: int) -> str:
     """To three digits: less would hide an array, more would change with every edit."""
     return f"{size / 2**30:.3g} GiB"
@@ -104,7 +118,7 @@ def difference(old: list[str], new: list[str]) -> str:
 def main() -> None:
     paragraphs = recorded()
     for case in sys.argv[1:] or (FLASH, *CASES):
-        new = flash_kernels.compiled(case) if case == FLASH else [*facts(case, compiled(case)), step(case)]
+        new = flash_kernels.compiled(case) if case == FLASH else paragraph(case)
         print(difference(paragraphs.get(case, []), new) or f"{case}: as recorded", flush=True)
         paragraphs[case] = new
         PATH.write_text(

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +47,14 @@ AXES = {"batch_axes": sharding.BATCH_AXES, "head_axis": sharding.HEAD_AXIS}
 
 
 def serve(name, query, key, value, segment_ids):
-    """The implementation of that name; a TPU kernel is interpreted, a GPU's has its twin where there is no GPU."""
+    """The implementation of that name; a TPU kernel is interpreted, cuDNN has a twin where it cannot serve."""
     if name == "splash":
         options = {"soft_cap": None, "block": 128, "has_fused_backward": False, "interpret": True}
         return splash.attention_splash(query, key, value, segment_ids, **AXES, **options)
     if name == "flash":
         return attention_flash.attention_flash(query, key, value, segment_ids, **AXES, chip="test", interpret=True)
     if name == "cudnn":
-        twin = "cudnn" if jax.default_backend() == "gpu" else "xla"
+        twin = "cudnn" if jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16 else "xla"
         return attention_cudnn.attention_cudnn(query, key, value, segment_ids, **AXES, implementation=twin)
     return attention.attention(query, key, value, segment_ids, implementation=name, **AXES)
 
@@ -104,17 +105,21 @@ def test_what_cannot_serve_is_refused_with_all_reasons():
 
 
 @pytest.mark.parametrize(
-    ("platform", "head_dim", "dtype", "name"),
+    ("platform", "capability", "head_dim", "dtype", "name"),
     [
-        ("tpu", 64, "float32", "flash"),
-        ("tpu", 40, "bfloat16", "blocked"),
-        ("gpu", 40, "bfloat16", "cudnn"),
-        ("gpu", 64, "float32", "blocked"),
-        ("gpu", 60, "bfloat16", "blocked"),
-        ("cpu", 64, "bfloat16", "blocked"),
+        ("tpu", None, 64, "float32", "flash"),
+        ("tpu", None, 40, "bfloat16", "blocked"),
+        ("gpu", "9.0", 40, "bfloat16", "cudnn"),
+        ("gpu", "7.5", 64, "bfloat16", "blocked"),
+        ("gpu", "gfx942", 64, "bfloat16", "blocked"),
+        ("gpu", "9.0", 64, "float32", "blocked"),
+        ("gpu", "9.0", 60, "bfloat16", "blocked"),
+        ("cpu", None, 64, "bfloat16", "blocked"),
     ],
 )
-def test_a_chip_gets_its_kernel_where_it_serves(platform, head_dim, dtype, name):
+def test_a_chip_gets_its_kernel_where_it_serves(platform, capability, head_dim, dtype, name, monkeypatch):
+    device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert attention.chosen("autoselected", platform, head_dim, dtype) == name
 
 
