@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, str]] = {
     "v5e-8": {
         "validate_10m": "configs/validate_10m.yml",
         "standard 0.84B": STANDARD + V5E_8 + KEPT + WIDE,
-        "pythonlm_1b": PYTHONLM + V5E_8 + " gradient_accumulation_steps=2",
+        "pythonlm_1b": PYTHONLM + V5E_8 + " gradient_accumulation_steps=2" + WIDE,
     },
     "v6e-1": {"validate_10m": "configs/validate_10m.yml", "standard 0.84B": STANDARD, "pythonlm_1b": PYTHONLM},
 }
