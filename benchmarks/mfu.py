@@ -21,22 +21,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ESTIMATES = ROOT / "benchmarks" / "results" / "mfu_estimates.jsonl"
 STEPS, DROPPED_STEPS = 30, 10
+PYTHONLM, PYTHONLM_V5E_8 = "configs/pythonlm_1b.yml", "configs/pythonlm_1b_v5e8.yml"
 STANDARD = (
-    "configs/pythonlm_1b.yml attention_type=standard mtp_num_layers=0 dropout_rate=0.0 logits_via_embedding=true "
-    "gradient_accumulation_steps=1 num_vocab_tiling=4 remat_policy=custom context=device"
+    " attention_type=standard mtp_num_layers=0 dropout_rate=0.0 logits_via_embedding=true gradient_accumulation_steps=1"
 )
-PYTHONLM = "configs/pythonlm_1b.yml"
-V5E_8 = " ici_data_parallelism=1 ici_fsdp_parallelism=8 per_device_batch_size=4"
-# A v5e-8 has room to keep what fsdp leaves free, and its products are faster with more VMEM.
-KEPT = "".join(f" {name}=device" for name in ("mlpwi_0", "mlpwi_1", "query_proj", "key_proj", "value_proj"))
-WIDE = " compile_xla_flags=--xla_tpu_scoped_vmem_limit_kib=65536"
 CASES: dict[str, dict[str, str]] = {
     "v5e-8": {
         "validate_10m": "configs/validate_10m.yml",
-        "standard 0.84B": STANDARD + V5E_8 + KEPT + WIDE,
-        "pythonlm_1b": PYTHONLM + V5E_8 + " gradient_accumulation_steps=2" + WIDE,
+        "standard 0.84B": PYTHONLM_V5E_8 + STANDARD,
+        "pythonlm_1b": PYTHONLM_V5E_8,
     },
-    "v6e-1": {"validate_10m": "configs/validate_10m.yml", "standard 0.84B": STANDARD, "pythonlm_1b": PYTHONLM},
+    "v6e-1": {
+        "validate_10m": "configs/validate_10m.yml",
+        "standard 0.84B": f"{PYTHONLM}{STANDARD} remat_policy=custom context=device",
+        "pythonlm_1b": PYTHONLM,
+    },
 }
 # What fits on one v6e is faster with its weights on all eight.
 CASES["v6e-8"] = CASES["v6e-1"] | {"pythonlm_1b": PYTHONLM + " gradient_accumulation_steps=1"}

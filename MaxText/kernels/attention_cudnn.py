@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from MaxText.kernels.head_spec import head_spec
+
 
 def attention_cudnn(
     query: Float[Array, "B T N H"],
@@ -29,12 +31,10 @@ def attention_cudnn(
     Args:
         implementation: `xla` is JAX's plain computation of the same, for machines without a GPU.
     """
-    rows = PartitionSpec(batch_axes)
-    heads = PartitionSpec(batch_axes, None, head_axis)
-    kv_heads = rows if key.shape[2] == 1 else heads
+    heads, kv_heads = (head_spec(x.shape[2], 2, batch_axes, head_axis) for x in (query, key))
+    in_specs = (heads, kv_heads, kv_heads, PartitionSpec(batch_axes))
     local = functools.partial(_local, implementation=implementation)
-    mapped = jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False)
-    return mapped(query, key, value, segment_ids)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(query, key, value, segment_ids)
 
 
 def _local(query, key, value, segment_ids, *, implementation):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from MaxText.kernels import flash, flash_blocks
+from MaxText.kernels.head_spec import head_spec
 
 _LOG2_E = 1.4426950408889634
 
@@ -61,10 +62,10 @@ def _sharded(query, key, value, weight, segment_ids, *, batch_axes, head_axis, c
     length, num_maps, head_dim = query.shape[1], query.shape[2], query.shape[-1]
     shape = (length, num_maps, key.shape[2], head_dim, value.shape[-1])
     plan = flash_blocks.plan(chip, *shape, query.dtype.name, interpret)
-    rows, by_head = PartitionSpec(batch_axes), PartitionSpec(batch_axes, None, head_axis)
-    by_map = PartitionSpec(batch_axes, None, None, head_axis)
-    keys, values = (rows, rows) if value.shape[2] == 1 else (by_map, by_head)
-    in_specs = (by_map, keys, values, None if weight is None else by_head, rows)
+    spec = functools.partial(head_spec, batch_axes=batch_axes, head_axis=head_axis)
+    num_heads, num_kv_heads = query.shape[3], value.shape[2]
+    by_head = spec(num_heads, 2)  # of the weight and of the result
+    in_specs = (spec(num_heads, 3), spec(num_kv_heads, 3), spec(num_kv_heads, 2), by_head, PartitionSpec(batch_axes))
     local = functools.partial(_local, plan=plan)
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=by_head, check_vma=False)
     return mapped(query, key, value, weight, segment_ids)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from MaxText.kernels.attention_reference import RESIDUALS
 from MaxText.kernels.flash import LANES
+from MaxText.kernels.head_spec import head_spec
 
 
 def attention_splash(
@@ -37,13 +38,11 @@ def attention_splash(
             keys, added up afterwards.
         interpret: run the kernel's logic without a TPU; slow.
     """
-    rows = PartitionSpec(batch_axes)
-    heads = PartitionSpec(batch_axes, None, head_axis)
-    kv_heads = rows if key.shape[2] == 1 else heads
+    heads, kv_heads = (head_spec(x.shape[2], 2, batch_axes, head_axis) for x in (query, key))
+    in_specs = (heads, kv_heads, kv_heads, PartitionSpec(batch_axes))
     options = {"soft_cap": soft_cap, "is_fused": has_fused_backward, "interpret": interpret}
     local = functools.partial(_local, block=block, options=options)
-    mapped = jax.shard_map(local, in_specs=(heads, kv_heads, kv_heads, rows), out_specs=heads, check_vma=False)
-    return mapped(query, key, value, segment_ids)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(query, key, value, segment_ids)
 
 
 def _local(query, key, value, segment_ids, *, block, options):

@@ -97,7 +97,7 @@ class _Launch:
         if archive:
             self.files[f"tree-{tree.digest(archive)}.tar.gz"] = archive
         self.order = {
-            "launch": str(int(time.time())),
+            "launch": str(time.time_ns()),
             "directory": name,
             "archive": next((file for file in self.files if file != self.agent), ""),
             "tree": tree.digest(archive) if archive else "",

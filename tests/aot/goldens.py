@@ -19,12 +19,10 @@ from tests.aot import flash_kernels
 
 PATH = Path(__file__).with_name("goldens.txt")
 ENVIRONMENT = flash_kernels.ENVIRONMENT
-# The keys that configs/pythonlm_1b.yml names for chips of 16 GB.
-FSDP = ("ici_data_parallelism=1", "ici_fsdp_parallelism=8", "per_device_batch_size=4", "gradient_accumulation_steps=2")
 CASES: dict[str, tuple[str, ...]] = {
     "validate_10m on v5e-8": ("configs/validate_10m.yml", "compile_topology=v5e-8"),
     "pythonlm_1b on v6e-1": ("configs/pythonlm_1b.yml", "compile_topology=v6e-1"),
-    "pythonlm_1b on v5e-8": ("configs/pythonlm_1b.yml", "compile_topology=v5e-8", *FSDP),
+    "pythonlm_1b on v5e-8": ("configs/pythonlm_1b_v5e8.yml", "compile_topology=v5e-8"),
 }
 FLASH = "the flash kernels"
 

@@ -90,9 +90,11 @@ class Cloud:
         while self.processes(node) and time.monotonic() < deadline:
             time.sleep(0.02)
         shutil.rmtree(self.folder / "machines" / node, ignore_errors=True)
-        for pid in sorted(self.processes(node), key=lambda pid: pid == os.getpid()):  # oneself last
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        while running := self.processes(node):
+            for pid in sorted(running, key=lambda pid: pid == os.getpid()):  # oneself last
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
 
     def preempt(self, name: str, grace_seconds: float) -> None:
         """Takes the slices of a queued resource away."""

@@ -489,7 +489,7 @@ def test_deleting_a_job(world, in_process, monkeypatch):
 @pytest.mark.parametrize("kind", ["runner", "job"])
 def test_a_dry_run_prints_exactly_what_a_run_does_and_does_nothing(world, in_process, monkeypatch, capfd, kind):
     monkeypatch.setattr(job, "POLL_SECONDS", 0.2)
-    monkeypatch.setattr(runner, "time", types.SimpleNamespace(time=lambda: 0.0))
+    monkeypatch.setattr(runner, "time", types.SimpleNamespace(time_ns=lambda: 0))
     world.cloud.add_node("tpu", "v6e-8")
     make, module = (world.runner, runner) if kind == "runner" else (world.job, job)
     argv = make(COMMAND=f"echo {shlex.quote(HOSTILE['quotes'])}", SETUP="true")
