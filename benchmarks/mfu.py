@@ -33,7 +33,7 @@ CASES: dict[str, dict[str, str]] = {
     },
     "v6e-1": {
         "validate_10m": "configs/validate_10m.yml",
-        "standard 0.84B": f"{PYTHONLM}{STANDARD} remat_policy=custom context=device",
+        "standard 0.84B": PYTHONLM + STANDARD,
         "pythonlm_1b": PYTHONLM,
     },
 }

@@ -32,7 +32,7 @@ def variants(config: FrozenConfigDict, devices: int) -> list[dict[str, str]]:
     text = config.sweep
     if text == AUTO:
         rows = sorted({max(1, config.per_device_batch_size * times // 2) for times in (1, 2, 4)})
-        text = f"remat_policy=none,minimal,full;per_device_batch_size={','.join(map(str, rows))}"
+        text = f"remat_policy=none,minimal,attention,full;per_device_batch_size={','.join(map(str, rows))}"
         if devices > 1:
             text += f";ici_fsdp_parallelism=1,{devices}"
     axes: dict[str, list[str]] = {}

@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
     """num_layers decoder layers; `decoder_norm` is for what they give.
 
     Args:
-        remat_policy: none | minimal | full | custom, see `remat`.
+        remat_policy: none | minimal | attention | full | custom, see `remat`.
         checkpoint_places: for custom, where each of CHECKPOINT_NAMES goes: remat | device | offload.
     """
 
@@ -127,10 +127,11 @@ def remat(layer: Callable, policy: str, places: tuple[str, ...]) -> Callable:
     policies = jax.checkpoint_policies
     if policy == "none":
         return layer
-    if policy == "minimal":
+    if policy in ("minimal", "attention"):
         # By name, so that a fused kernel counts as its result and no more. Not what the two sums of the residual stream
-        # give: the next layer's input has one of them, and the other costs one small product to make again.
-        keep = policies.save_only_these_names(*set(CHECKPOINT_NAMES[1:]) - {"out_proj", "mlpwo"})
+        # are made of: the next layer's input has one of them, and the other costs one small product to make again.
+        gate_and_up = ("mlpwi_0", "mlpwi_1") if policy == "minimal" else ()
+        keep = policies.save_only_these_names("query_proj", "key_proj", "value_proj", "context", *gate_and_up)
     elif policy == "full":
         keep = policies.nothing_saveable
     elif policy == "custom":
@@ -145,5 +146,5 @@ def remat(layer: Callable, policy: str, places: tuple[str, ...]) -> Callable:
             offload_dst="pinned_host",
         )
     else:
-        raise ValueError(f"remat_policy={policy!r} is none of none, minimal, full, custom")
+        raise ValueError(f"remat_policy={policy!r} is none of none, minimal, attention, full, custom")
     return jax.checkpoint(layer, policy=keep, prevent_cse=False)

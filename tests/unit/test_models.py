@@ -165,7 +165,9 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     assert metrics["learning/loss"] == pytest.approx(np.log(config.vocab_size), abs=0.05)
 
 
-@pytest.mark.parametrize("policy", ["minimal", "full", "custom", "custom query_proj=device mlpwi_0=device"])
+@pytest.mark.parametrize(
+    "policy", ["minimal", "attention", "full", "custom", "custom query_proj=device mlpwi_0=device"]
+)
 def test_remat_changes_what_is_kept_and_not_the_gradient(policy):
     policy, *places = policy.split()
 

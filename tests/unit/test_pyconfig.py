@@ -64,7 +64,7 @@ def test_every_number_has_one_range_and_every_range_a_key():
 
 def test_comments_go_on_in_the_lines_below_and_hold_the_legal_words():
     keys = config_files.manual()
-    assert keys["remat_policy"].choices == ("none", "minimal", "full", "custom")
+    assert keys["remat_policy"].choices == ("none", "minimal", "attention", "full", "custom")
     assert keys["remat_policy"].comment.endswith("nine keys below say")
     assert keys["dataset_type"].choices == ("embedded", "grain", "hf", "synthetic")
     assert keys["profiler"].choices == ("", "xplane")
