@@ -21,6 +21,8 @@ DEVICE_KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}  # as JAX calls them
 ICI_BYTES_PER_SECOND = {"v5e": 2 * 1600e9 / 8 / 4, "v6e": 2 * 3200e9 / 8 / 4}
 DCN_BYTES_PER_SECOND = {"v5e": 6.4e12 / 8 / 256, "v6e": 25.6e12 / 8 / 256}
 DCN = "dcn "  # begins the kind of a collective between slices
+HOST_COPY = "host copy"  # the kind of what goes to the host's memory or comes from it
+HOST_BYTES_PER_SECOND = 16e9  # assumed: eight lanes of PCIe 4.0; Google publishes none
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier"}
@@ -28,7 +30,7 @@ _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier"}
 
 @dataclasses.dataclass
 class Collective:
-    """All executions of the collectives of one kind over one set of mesh axes."""
+    """All executions of the collectives of one kind over one set of mesh axes; or of the host's copies."""
 
     count: int = 0
     bytes: int = 0  # of the results, on one device
@@ -76,7 +78,7 @@ def account(
     kernels: dict[str, int] = defaultdict(int)
     collectives: dict[tuple[str, str], Collective] = defaultdict(Collective)
     arrives: dict[str, float] = {}  # a collective under way -> the time at which it has been sent
-    free: dict[bool, float] = defaultdict(float)  # between slices or within -> the time from which nothing is sent
+    free: dict[str, float] = defaultdict(float)  # link -> the time from which it sends nothing
     unknown: set[str] = set()
     elapsed = pallas_seconds = 0.0
     for instruction, times in module.scheduled():
@@ -88,7 +90,7 @@ def account(
         if found is not None and found.phase != "middle":
             axes_of_group, seconds = _sent(found, family, axes, slices or {})
             if found.chain not in arrives:
-                arrives[found.chain] = free[found.is_dcn] = max(elapsed, free[found.is_dcn]) + seconds
+                arrives[found.chain] = free[found.link] = max(elapsed, free[found.link]) + seconds
             if found.phase == "start":
                 continue
             exposed = max(0.0, arrives.pop(found.chain) - elapsed)
@@ -99,7 +101,7 @@ def account(
             total.seconds += seconds * times
             total.exposed_seconds += exposed * times
             hidden_bytes += sum(shape.bytes for shape in (*found.operands, *found.shapes) if shape.in_hbm) * times
-        elif opcode.endswith("-start") or (found is not None and found.is_dcn):
+        elif opcode.endswith("-start") or (found is not None and found.link == DCN):
             continue
         elif opcode.endswith("-done"):
             hidden_bytes += sum(shape.bytes for shape in instruction.shapes) * times
@@ -203,22 +205,27 @@ class _Found:
     shapes: tuple[Shape, ...]  # of the result
 
     @property
-    def is_dcn(self) -> bool:
-        """Whether it is sent between slices."""
-        return self.kind.startswith(DCN)
+    def link(self) -> str:
+        """What it is sent over: between slices, to or from the host, or within a slice."""
+        if self.kind == HOST_COPY:
+            return HOST_COPY
+        return DCN if self.kind.startswith(DCN) else "ici"
 
 
 def _collective(module: Module, instruction: Instruction) -> _Found | None:
-    """The collective in an instruction; None where there is none.
+    """The collective, or the host's copy, in an instruction; None where there is none.
 
-    The compiler writes them in four ways: by themselves, as a pair of -start and -done, as a chain of fusions: one
-    that starts, matrix products meanwhile, and one that ends; and between slices as a send and a recv of one name.
+    The compiler writes collectives in four ways: by themselves, as a pair of -start and -done, as a chain of fusions:
+    one that starts, matrix products meanwhile, and one that ends; and between slices as a send and a recv of one name.
     """
     begin = instruction
     if instruction.opcode.endswith("-done") and instruction.operands:
         begin = module.instructions[instruction.operands[0]]
     if begin.opcode in ("send", "recv"):
         return _between_slices(instruction, begin)
+    if begin.opcode.endswith("-start") and any(shape.in_host for shape in begin.shapes):
+        moved = min((s for s in begin.shapes if s.dims and not s.in_host), key=lambda shape: shape.bytes)
+        return _Found(HOST_COPY, _phase(instruction), begin.name, begin, (), (moved,))
     for kind in _COLLECTIVES:
         if begin.opcode in (kind, f"{kind}-start"):
             operands, results = _operands(module, begin), instruction.shapes
@@ -268,7 +275,9 @@ def _operands(module: Module, instruction: Instruction) -> tuple[Shape, ...]:
 def _sent(found: _Found, family: str, axes: dict[str, int], slices: Mapping[str, int]) -> tuple[str, float]:
     """The mesh axes of a collective, and the seconds it takes on links that send nothing else."""
     moved = sum(shape.bytes for shape in found.shapes)
-    if found.is_dcn:
+    if found.link == HOST_COPY:
+        return "PCIe", moved / HOST_BYTES_PER_SECOND
+    if found.link == DCN:
         crossed = "+".join(axis for axis, size in slices.items() if size > 1)
         traffic = _traffic(found.kind.removeprefix(DCN), math.prod(slices.values()))
         return crossed, moved * traffic / DCN_BYTES_PER_SECOND[family]

@@ -25,7 +25,7 @@ class Shape:
 
     dtype: str
     dims: tuple[int, ...]
-    memory_space: int  # 0 HBM, 1 VMEM; others are small
+    memory_space: int  # 0 HBM, 1 VMEM, 5 the host's; others are small
 
     @property
     def bytes(self) -> int:
@@ -36,6 +36,11 @@ class Shape:
     def in_hbm(self) -> bool:
         """Whether reading or writing it crosses the memory bus."""
         return self.memory_space == 0
+
+    @property
+    def in_host(self) -> bool:
+        """Whether it lies in the memory of the machine that the chips are in."""
+        return self.memory_space == 5
 
 
 @dataclasses.dataclass(frozen=True)

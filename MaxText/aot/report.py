@@ -33,6 +33,7 @@ CALIBRATION = (
         "assumed: one at a time, in a ring over two of a chip's four links (100 GB/s on v5e, 200 on v6e); between "
         "slices 3.1 and 12.5 GB/s a chip",
     ),
+    ("copies to the host's memory and back", "assumed: 16 GB/s a chip, as eight lanes of PCIe 4.0 have"),
     ("a kernel that only copies", "2 x too fast in the simulator: so its bytes are the least that a kernel takes"),
 )
 
@@ -175,7 +176,7 @@ def _describe_cost(found: Mapping[str, Any]) -> list[str]:
         + "".join(f"; of {kernel} only the bytes count" for kernel in found["pallas_unknown"]),
         f"Sum of the compiler's estimated cycles: {found['plain_sum_megacycles']} million, without Pallas kernels",
         *(
-            f"Collective: {c['count']} x {c['kind']} over {c['axes']}: {_size(c['bytes'])}, estimated "
+            f"Communication: {c['count']} x {c['kind']} over {c['axes']}: {_size(c['bytes'])}, estimated "
             f"{_ms(c['seconds'])}, exposed {_ms(c['exposed'])}"
             for c in found["collectives"]
         ),

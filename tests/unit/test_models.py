@@ -166,7 +166,15 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 
 
 @pytest.mark.parametrize(
-    "policy", ["minimal", "attention", "full", "custom", "custom query_proj=device mlpwi_0=device"]
+    "policy",
+    [
+        "minimal",
+        "attention",
+        "full",
+        "custom",
+        "custom query_proj=device mlpwi_0=device",
+        "custom decoder_layer_input=offload",
+    ],
 )
 def test_remat_changes_what_is_kept_and_not_the_gradient(policy):
     policy, *places = policy.split()

@@ -261,6 +261,22 @@ def test_collectives_share_the_links_behind_one_product():
     assert gather.exposed_seconds == pytest.approx(gather.seconds - 45000 / 1.5e9)
 
 
+def test_a_copy_from_the_hosts_memory_is_exposed_where_nothing_runs_meanwhile():
+    spent = account_of(
+        "%stack = bf16[24,1000]{1,0:S(5)} parameter(0)",
+        "%i = s32[] parameter(1)",
+        "%get = ((bf16[24,1000]{1,0:S(5)}, s32[]), bf16[1,1000]{1,0}, u32[]{:S(2)}) dynamic-slice-start(%stack, %i)",
+        '%dot = f32[8]{0:S(1)} dot(%x, %x), backend_config={"estimated_cycles":"150"}',
+        "%x = f32[8]{0:S(1)} parameter(2)",
+        "%got = bf16[1,1000]{1,0} dynamic-slice-done(%get)",
+    )
+    ((kind, sent),) = spent.collectives.items()
+    assert kind == ("host copy", "PCIe")
+    assert (sent.count, sent.bytes, spent.hbm_bytes) == (1, 2000, 2000)
+    assert sent.seconds == pytest.approx(2000 / 16e9)
+    assert sent.exposed_seconds == pytest.approx(sent.seconds - 150 / 1.5e9)
+
+
 def test_what_is_sent_between_slices_is_a_collective_of_its_own():
     about = (
         'channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",'
