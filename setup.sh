@@ -140,7 +140,7 @@ with_uv() {
     .venv/bin/python -m pip install --quiet --retries 1 "uv==$UV_VERSION" >/dev/null 2>&1 ||
     { say "uv $UV_VERSION cannot be had; using pip, which takes minutes"; return 1; }
   # Bytecode, as pip makes it: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each launch would compile
-  # the packages anew, which is 2 of its 4.4 seconds.
+  # the packages anew, which is 2.0 of the 4.4 processor seconds of a short one.
   .venv/bin/uv pip install --quiet --no-deps --compile-bytecode --python .venv/bin/python --requirement "$1" \
     2>.venv/installed/error ||
     { say "uv failed ($(head -n 1 .venv/installed/error)); using pip, which takes minutes"; return 1; }

@@ -5,6 +5,7 @@ lose.
 """
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
-from MaxText import models, optimizers, sharding, spikes
+from MaxText import compiler_options, models, optimizers, sharding, spikes
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,8 @@ def initial_train_state(config: FrozenConfigDict, abstract: TrainState) -> Train
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, spikes.initial(config))
 
     key = jax.random.key(config.init_weights_seed)
-    return jax.jit(make, out_shardings=shardings(abstract))(key)
+    options = compiler_options.of_one_run(jax.default_backend(), os.environ)
+    return jax.jit(make, out_shardings=shardings(abstract), compiler_options=options)(key)
 
 
 def _check_replication(shapes: Any, placed: Any, mesh: Mesh, tolerance: float) -> None:

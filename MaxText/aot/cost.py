@@ -22,7 +22,7 @@ ICI_BYTES_PER_SECOND = {"v5e": 2 * 1600e9 / 8 / 4, "v6e": 2 * 3200e9 / 8 / 4}
 DCN_BYTES_PER_SECOND = {"v5e": 6.4e12 / 8 / 256, "v6e": 25.6e12 / 8 / 256}
 DCN = "dcn "  # begins the kind of a collective between slices
 HOST_COPY = "host copy"  # the kind of what goes to the host's memory or comes from it
-HOST_BYTES_PER_SECOND = 16e9  # assumed: eight lanes of PCIe 4.0; Google publishes none
+HOST_BYTES_PER_SECOND = 16e9  # assumed: eight lanes of PCIe 4.0, one copy at a time; Google publishes no figure
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
 _FREE |= {"partition-id", "replica-id", "iota", "opt-barrier"}
@@ -50,7 +50,7 @@ class Cost:
     pallas_bytes: int
     pallas_seconds: float  # of a kernel in pallas_unknown, what its bytes take
     pallas_unknown: tuple[str, ...]  # kernels whose cycles are not known
-    collectives: dict[tuple[str, str], Collective]  # (kind, mesh axes)
+    collectives: dict[tuple[str, str], Collective]  # (kind, mesh axes; of the host's copies PCIe)
 
     @property
     def exposed_seconds(self) -> float:
@@ -223,8 +223,7 @@ def _collective(module: Module, instruction: Instruction) -> _Found | None:
         begin = module.instructions[instruction.operands[0]]
     if begin.opcode in ("send", "recv"):
         return _between_slices(instruction, begin)
-    if begin.opcode.endswith("-start") and any(shape.in_host for shape in begin.shapes):
-        moved = min((s for s in begin.shapes if s.dims and not s.in_host), key=lambda shape: shape.bytes)
+    if moved := _host_copy(module, begin):
         return _Found(HOST_COPY, _phase(instruction), begin.name, begin, (), (moved,))
     for kind in _COLLECTIVES:
         if begin.opcode in (kind, f"{kind}-start"):
@@ -252,6 +251,21 @@ def _collective(module: Module, instruction: Instruction) -> _Found | None:
     return _Found(kind, _phase(instruction), begin.name, inner, operands, shapes)
 
 
+def _host_copy(module: Module, begin: Instruction) -> Shape | None:
+    """What goes to the host's memory or comes from it, as it lies on the chip; None for all else, and in fusions."""
+    kind, operands = begin.opcode.removesuffix("-start"), _operands(module, begin)
+    if kind not in ("copy", "dynamic-slice", "dynamic-update-slice"):
+        return None
+    if kind == "dynamic-update-slice":
+        moved = operands[1]
+    else:  # a slice that is only started has its operands before its result
+        moved = begin.shapes[len(operands) if begin.opcode == "dynamic-slice-start" else 0]
+    there = operands[0]
+    if moved.in_host == there.in_host:
+        return None
+    return dataclasses.replace(moved, memory_space=there.memory_space if moved.in_host else moved.memory_space)
+
+
 def _phase(instruction: Instruction) -> str:
     ending = instruction.opcode.rpartition("-")[2]
     return ending if ending in ("start", "done") else "whole"
@@ -273,7 +287,7 @@ def _operands(module: Module, instruction: Instruction) -> tuple[Shape, ...]:
 
 
 def _sent(found: _Found, family: str, axes: dict[str, int], slices: Mapping[str, int]) -> tuple[str, float]:
-    """The mesh axes of a collective, and the seconds it takes on links that send nothing else."""
+    """The mesh axes of a collective, or PCIe; and the seconds it takes on links that send nothing else."""
     moved = sum(shape.bytes for shape in found.shapes)
     if found.link == HOST_COPY:
         return "PCIe", moved / HOST_BYTES_PER_SECOND

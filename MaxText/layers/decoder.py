@@ -129,7 +129,8 @@ def remat(layer: Callable, policy: str, places: tuple[str, ...]) -> Callable:
         return layer
     if policy in ("minimal", "attention"):
         # By name, so that a fused kernel counts as its result and no more. Not what the two sums of the residual stream
-        # are made of: the next layer's input has one of them, and the other costs one small product to make again.
+        # are made of: the next layer's input has one of them, and the other costs one small product to make again. Gate
+        # and up are the largest, so `attention` makes them again.
         gate_and_up = ("mlpwi_0", "mlpwi_1") if policy == "minimal" else ()
         keep = policies.save_only_these_names("query_proj", "key_proj", "value_proj", "context", *gate_and_up)
     elif policy == "full":

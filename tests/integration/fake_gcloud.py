@@ -90,11 +90,13 @@ class Cloud:
         while self.processes(node) and time.monotonic() < deadline:
             time.sleep(0.02)
         shutil.rmtree(self.folder / "machines" / node, ignore_errors=True)
-        while running := self.processes(node):
-            for pid in sorted(running, key=lambda pid: pid == os.getpid()):  # oneself last
+        while others := set(self.processes(node)) - {os.getpid()}:
+            for pid in others:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
+        if self.processes(node):  # the last one
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def preempt(self, name: str, grace_seconds: float) -> None:
         """Takes the slices of a queued resource away."""

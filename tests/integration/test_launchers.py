@@ -166,6 +166,12 @@ def test_four_workers_are_sent_the_tree_and_run_the_command(four):
     assert "--worker=0" in copies[0], "one connection first, to make the ssh key"
 
 
+def test_two_launches_of_one_second_are_two(world, in_process, monkeypatch):
+    world.cloud.add_node("tpu", "v6e-8")
+    monkeypatch.setattr(runner.time, "time", lambda: 0.0)
+    assert [in_process(world, runner, world.runner(COMMAND="true")) for _ in range(2)] == [0, 0]
+
+
 def test_slices_count_on_across_the_nodes(world):
     for number in (1, 0):
         world.cloud.add_node(f"tpu-{number}", "v5litepod-16")

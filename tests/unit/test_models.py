@@ -182,11 +182,12 @@ def test_remat_changes_what_is_kept_and_not_the_gradient(policy):
     def gradients(**keys):
         config = support.small_config(**keys)
         trainer = support.Trainer(config, support.mesh_of())
-        return trainer.state.params, jaxpr_size(config, trainer), after_one_step(config, trainer)
+        return lowered_step(config, trainer), after_one_step(config, trainer)
 
-    _, plain_program, plain = gradients(remat_policy="none")
-    _, program, got = gradients(remat_policy=policy, **dict(place.split("=") for place in places))
+    plain_program, plain = gradients(remat_policy="none")
+    program, got = gradients(remat_policy=policy, **dict(place.split("=") for place in places))
     assert program != plain_program
+    assert ("annotate_device_placement" in program) == ("offload" in " ".join(places))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, plain)
 
 
@@ -196,10 +197,15 @@ def after_one_step(config, trainer):
     return trainer.state.params
 
 
-def jaxpr_size(config, trainer):
+def test_every_remat_policy_is_another_program():
+    configs = [support.small_config(remat_policy=policy) for policy in ("none", "minimal", "attention", "full")]
+    assert len({lowered_step(config, support.Trainer(config, support.mesh_of())) for config in configs}) == 4
+
+
+def lowered_step(config, trainer):
     batch = train_step.abstract_batch(4, config.max_target_length, trainer.mesh)
     with jax.set_mesh(trainer.mesh):
-        return len(trainer.step.lower(trainer.abstract, batch).as_text())
+        return trainer.step.lower(trainer.abstract, batch).as_text()
 
 
 def test_the_program_does_not_grow_with_depth():

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from MaxText import job, models, optimizers, train_step
+from MaxText import compiler_options, job, models, optimizers, train_step
 from tests import support
 
 
@@ -190,3 +190,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_only_that_one(monkeypatch, 
 
 def _without_step(state):
     return state.params, state.opt_state, state.spikes
+
+
+def test_what_runs_once_on_a_cpu_is_hardly_optimized_unless_xla_flags_say_so():
+    assert compiler_options.of_one_run("cpu", {}) == {"xla_backend_optimization_level": "1"}
+    assert compiler_options.of_one_run("cpu", {"XLA_FLAGS": "--xla_backend_optimization_level=0"}) == {}
+    assert compiler_options.of_one_run("tpu", {}) == {}

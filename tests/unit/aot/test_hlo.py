@@ -261,20 +261,46 @@ def test_collectives_share_the_links_behind_one_product():
     assert gather.exposed_seconds == pytest.approx(gather.seconds - 45000 / 1.5e9)
 
 
-def test_a_copy_from_the_hosts_memory_is_exposed_where_nothing_runs_meanwhile():
-    spent = account_of(
-        "%stack = bf16[24,1000]{1,0:S(5)} parameter(0)",
-        "%i = s32[] parameter(1)",
-        "%get = ((bf16[24,1000]{1,0:S(5)}, s32[]), bf16[1,1000]{1,0}, u32[]{:S(2)}) dynamic-slice-start(%stack, %i)",
-        '%dot = f32[8]{0:S(1)} dot(%x, %x), backend_config={"estimated_cycles":"150"}',
-        "%x = f32[8]{0:S(1)} parameter(2)",
-        "%got = bf16[1,1000]{1,0} dynamic-slice-done(%get)",
-    )
+HOST, CHIP = "bf16[24,1000]{1,0:S(5)}", "bf16[1,1000]{1,0}"
+HOST_COPIES = {
+    "a slice fetched": (
+        f"%begin = (({HOST}, s32[]), {CHIP}, u32[]{{:S(2)}}) dynamic-slice-start(%stack, %i)",
+        f"%end = {CHIP} dynamic-slice-done(%begin)",
+    ),
+    "a slice stored": (
+        f"%begin = (({HOST}, {CHIP}, s32[]), {HOST}, u32[]{{:S(2)}}) dynamic-update-slice-start(%stack, %one, %i)",
+        f"%end = {HOST} dynamic-update-slice-done(%begin)",
+    ),
+    "an array stored": (
+        "%begin = (bf16[1,1000]{1,0:S(5)}, bf16[1,1000]{1,0}, u32[]{:S(2)}) copy-start(%one)",
+        "%end = bf16[1,1000]{1,0:S(5)} copy-done(%begin)",
+    ),
+}
+AROUND = (f"%stack = {HOST} parameter(0)", f"%one = {CHIP} parameter(1)", "%i = s32[] parameter(2)")
+PRODUCT = (
+    "%x = f32[8]{0:S(1)} parameter(3)",
+    '%dot = f32[8]{0:S(1)} dot(%x, %x), backend_config={"estimated_cycles":"150"}',
+)
+
+
+@pytest.mark.parametrize("form", HOST_COPIES)
+def test_a_copy_to_the_hosts_memory_or_from_it_is_exposed_where_nothing_runs_meanwhile(form):
+    begin, end = HOST_COPIES[form]
+    spent = account_of(*AROUND, begin, *PRODUCT, end)
     ((kind, sent),) = spent.collectives.items()
     assert kind == ("host copy", "PCIe")
     assert (sent.count, sent.bytes, spent.hbm_bytes) == (1, 2000, 2000)
     assert sent.seconds == pytest.approx(2000 / 16e9)
     assert sent.exposed_seconds == pytest.approx(sent.seconds - 150 / 1.5e9)
+
+
+def test_a_copy_with_the_host_that_is_waited_for_and_copies_that_have_no_part_in_it():
+    waited = account_of(*AROUND, "%whole = bf16[24,1000]{1,0} copy(%stack)").collectives["host copy", "PCIe"]
+    assert waited.bytes == 48000 and waited.exposed_seconds == pytest.approx(48000 / 16e9)
+    to_vmem = "%begin = (bf16[1,1000]{1,0:S(1)}, bf16[1,1000]{1,0}, u32[]{:S(2)}) copy-start(%one)"
+    within_host = f"%there = ({HOST}, {HOST}, u32[]{{:S(2)}}) copy-start(%stack)"
+    done = ("%end = bf16[1,1000]{1,0:S(1)} copy-done(%begin)", f"%is = {HOST} copy-done(%there)")
+    assert not account_of(*AROUND, to_vmem, within_host, *done).collectives
 
 
 def test_what_is_sent_between_slices_is_a_collective_of_its_own():

@@ -219,6 +219,7 @@ def test_kernels_with_heads_split_over_devices(implementation, num_kv_heads):
         ("test", 384, 2, 2, jnp.float32, True, (1, 1, 1)),
         ("test, larger", 512, 2, 1, jnp.float32, True, (1, 1, 1)),
         ("test", 301, 1, 2, jnp.float32, True, (2, 1, 4)),
+        ("test", 301, 4, 2, jnp.float32, True, (2, 1, 4)),
         ("test", 1, 4, 1, jnp.float32, False, (1, 1, 1)),
         ("test, larger", 512, 2, 2, jnp.bfloat16, False, (1, 1, 1)),
         ("unknown", 130, 1, 1, jnp.bfloat16, True, (1, 1, 1)),
