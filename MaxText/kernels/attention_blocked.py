@@ -1,6 +1,7 @@
 """Causal attention in blocks of queries: each block meets only the keys up to its end, and its weights are recomputed.
 
-A plain-jnp implementation for machines without a fused kernel. Against the reference it skips a quarter of the scores, and between forward and backward it keeps queries, keys and values instead of every layer's [T, S] weights.
+A plain-jnp implementation for machines without a fused kernel. Against the reference it skips a quarter of the scores,
+and between forward and backward it keeps queries, keys and values instead of every layer's [T, S] weights.
 """
 
 import jax
