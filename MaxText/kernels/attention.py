@@ -46,9 +46,10 @@ def attention(
     if isinstance(segment_ids, CachedRows):
         return attention_cached(query, key, value, segment_ids)
     name = serving(implementation, (query.shape[1], 1, 1, query.shape[-1], value.shape[-1]), query.dtype.name)
-    if name in ("dot_product", "blocked"):
-        serve = attention_reference if name == "dot_product" else attention_blocked
-        return checkpoint_name(serve(query, key, value, segment_ids), RESIDUALS)
+    if name == "blocked":
+        return attention_blocked(query, key, value, segment_ids)
+    if name == "dot_product":
+        return checkpoint_name(attention_reference(query, key, value, segment_ids), RESIDUALS)
     axes = {"batch_axes": batch_axes, "head_axis": head_axis}
     if name == "cudnn":
         return checkpoint_name(attention_cudnn(query, key, value, segment_ids, **axes), RESIDUALS)

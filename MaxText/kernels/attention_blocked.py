@@ -1,17 +1,24 @@
-"""Causal attention in blocks of queries: each block meets only the keys up to its end, and its weights are recomputed.
+"""Causal attention in blocks of queries: each block meets only the keys up to its end.
 
 A plain-jnp implementation for machines without a fused kernel. Against the reference it skips a quarter of the scores,
-and between forward and backward it keeps queries, keys and values instead of every layer's [T, S] weights.
+and between forward and backward it keeps one number a row of scores, not the scores. Its products have the form that is
+fast on CPU: both sides in the inputs' dtype, the result float32, the left side's last axis contracted.
 """
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from MaxText.kernels.attention_reference import RESIDUALS
 
 _MASKED = -1e30
 _NUM_BLOCKS = 2  # more skip more scores, but are smaller products and more kernels to compile
 
 
+@jax.custom_vjp
 def attention_blocked(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
@@ -20,35 +27,79 @@ def attention_blocked(
 ) -> Float[Array, "B T N W"]:
     """As `attention_reference`, to rounding.
 
-    Source: blocks: Rabe & Staats 2021, arXiv:2112.05682; here without the running softmax, as whole rows fit.
+    Source: blocks: Rabe & Staats 2021, arXiv:2112.05682; here without the running softmax, as whole rows fit. Backward:
+    Dao et al. 2022, arXiv:2205.14135, algorithm 4, without its loop over keys.
     """
-    length = query.shape[1]
+    return _forward(query, key, value, segment_ids)[0]
+
+
+def _forward(query, key, value, segment_ids):
+    grouped = _grouped(query, key.shape[2]) * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    contexts, log_sums = [], []
+    for start, end in _blocks(query.shape[1]):
+        scores = _product("bkgth,bskh->bkgts", grouped[:, :, :, start:end], key[:, :end])
+        scores += _bias(segment_ids, start, end)[:, None, None]
+        maximum = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - maximum)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        contexts.append(_product("bkgts,bskw->bkgtw", weights.astype(value.dtype), value[:, :end]) / total)
+        log_sums.append(maximum + jnp.log(total))
+    context = _ungrouped(jnp.concatenate(contexts, axis=3)).astype(query.dtype)
+    context, log_sums = (checkpoint_name(x, RESIDUALS) for x in (context, jnp.concatenate(log_sums, axis=3)))
+    return context, (query, key, value, segment_ids, context, log_sums)
+
+
+def _backward(residuals, d_context):
+    query, key, value, segment_ids, context, log_sums = residuals
+    num_kv_heads, scale = key.shape[2], query.shape[-1] ** -0.5
+    grouped = _grouped(query, num_kv_heads) * jnp.asarray(scale, query.dtype)
+    d_sums = jnp.sum(d_context.astype(jnp.float32) * context.astype(jnp.float32), axis=-1, keepdims=True)
+    d_sums = _grouped(d_sums, num_kv_heads)[..., 0]
+    log_sums, d_grouped = log_sums[..., 0], _grouped(d_context, num_kv_heads)
+    d_queries, d_key, d_value = [], 0, 0
+    for start, end in _blocks(query.shape[1]):
+        # Keys first: then every product but one contracts the last axis of weights or their derivatives as they lie.
+        q, d_o = grouped[:, :, :, start:end], d_grouped[:, :, :, start:end]
+        scores = _product("bskh,bkgth->bksgt", key[:, :end], q)
+        scores += jnp.swapaxes(_bias(segment_ids, start, end), 1, 2)[:, None, :, None]
+        weights = jnp.exp(scores - log_sums[:, :, None, :, start:end])
+        d_weights = _product("bskw,bkgtw->bksgt", value[:, :end], d_o)
+        d_scores = (weights * (d_weights - d_sums[:, :, None, :, start:end])).astype(query.dtype)
+        d_queries.append(_product("bskh,bksgt->bkhgt", key[:, :end], d_scores) * scale)
+        rest = ((0, 0), (0, 0), (0, query.shape[1] - end), (0, 0))
+        d_key += jnp.pad(_product("bksgt,bkgth->bksh", d_scores, q), rest)
+        d_value += jnp.pad(_product("bksgt,bkgtw->bksw", weights.astype(value.dtype), d_o), rest)
+    d_query = _ungrouped(jnp.moveaxis(jnp.concatenate(d_queries, axis=4), 2, 4)).astype(query.dtype)
+    d_key, d_value = (jnp.swapaxes(x, 1, 2).astype(key.dtype) for x in (d_key, d_value))
+    return d_query, d_key, d_value, None
+
+
+attention_blocked.defvjp(_forward, _backward)
+
+
+def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:
+    return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """The first row of each block of queries, and the one after its last."""
     size = -(-length // _NUM_BLOCKS)
-    blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
-    rows = [
-        _block(query[:, start:end], key[:, :end], value[:, :end], segment_ids[:, start:end], segment_ids[:, :end])
-        for start, end in blocks
-    ]
-    return jnp.concatenate(rows, axis=1)
+    return ((start, min(start + size, length)) for start in range(0, length, size))
 
 
-@jax.checkpoint
-def _block(query: Array, key: Array, value: Array, query_segments: Array, key_segments: Array) -> Array:
-    """The last rows of causal attention: queries [B, t, N, H] that end where keys and values [B, S, K, H] end."""
-    batch, rows, num_query_heads, head_dim = query.shape
-    length, num_kv_heads = key.shape[1:3]
-    group = num_query_heads // num_kv_heads
-    # [B, K, t * G, H]: the heads that share keys become rows of one matrix.
-    grouped = jnp.moveaxis((query * head_dim**-0.5).reshape(batch, rows, num_kv_heads, group, head_dim), 2, 1)
-    grouped = grouped.reshape(batch, num_kv_heads, rows * group, head_dim)
-    scores = jnp.einsum("bkqh,bskh->bkqs", grouped, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, num_kv_heads, rows, group, length)
-    position = jnp.arange(length)
-    seen = (position[None, None, :] <= position[None, length - rows :, None]) & (
-        query_segments[:, :, None] == key_segments[:, None, :]
-    )
-    scores = jnp.where(seen[:, None, :, None, :], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, num_kv_heads, rows * group, length)
-    context = jnp.einsum("bkqs,bskw->bkqw", weights, value)
-    context = jnp.moveaxis(context.reshape(batch, num_kv_heads, rows, group, value.shape[-1]), 1, 2)
-    return context.reshape(batch, rows, num_query_heads, value.shape[-1])
+def _grouped(x: Float[Array, "B T N W"], num_kv_heads: int) -> Float[Array, "B K G T W"]:
+    """The heads that share a key head side by side: their rows are those of one matrix."""
+    batch, length, num_heads, width = x.shape
+    return jnp.moveaxis(x.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width), 1, 3)
+
+
+def _ungrouped(x: Float[Array, "B K G T W"]) -> Float[Array, "B T N W"]:
+    batch, num_kv_heads, group, length, width = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(batch, length, num_kv_heads * group, width)
+
+
+def _bias(segment_ids: Int[Array, "B T"], start: int, end: int) -> Float[Array, "B t S"]:
+    """0 for the keys before `end` that a query from `start` sees, those of its document up to itself."""
+    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+    seen = causal[None] & (segment_ids[:, start:end, None] == segment_ids[:, None, :end])
+    return jnp.where(seen, 0.0, _MASKED)
