@@ -139,11 +139,11 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
 
     A chunk's logits are [V, tokens]: products contract their left side's last axis, the fast form on CPU, and tokens
     fill the lanes of a TPU. Exponentials are not normalized before they are multiplied, and a row of ones among the
-    unembeddings sums them: so between the products no pass over the logits is left that a TPU could not fuse.
+    unembeddings sums them: so between the products no pass over the logits is left that a TPU could not fuse. A CPU
+    takes longer for a pass that exponentiates and rounds than for one of each.
     """
     dim, vocab_axis, soft_cap = hidden.shape[-1], options.vocab_axis, options.soft_cap
-    with_ones = jnp.concatenate([unembedding, jnp.ones((unembedding.shape[0], 1), unembedding.dtype)], axis=1)
-    with_ones = row_major(with_ones.T)
+    with_ones = jnp.pad(row_major(unembedding.T), ((0, 1), (0, 0)), constant_values=1)
 
     def chunked(x):
         return x.reshape(options.num_chunks, -1, *x.shape[2:])
@@ -163,8 +163,10 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
         exponentials = jnp.exp(scores - maximum[None])
         mixed = None
         if with_gradients:
+            exponentials = row_major(exponentials)
             sloped = exponentials * (1 - jnp.square(scores / soft_cap)) if soft_cap else exponentials
-            mixed = jnp.einsum("dv,vn->dn", with_ones, sloped.astype(x.dtype), preferred_element_type=jnp.float32)
+            sloped = row_major(sloped.astype(x.dtype))  # rounded once, for both products
+            mixed = jnp.einsum("dv,vn->dn", with_ones, sloped, preferred_element_type=jnp.float32)
             mixed = jax.lax.psum(mixed, vocab_axis)
         if mixed is None or soft_cap:
             normalizer = jax.lax.psum(jnp.sum(exponentials, axis=0), vocab_axis)
@@ -191,6 +193,9 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
     losses = jax.lax.psum(loss_sum, options.batch_axes), nll.reshape(targets.shape)
     if d_hidden is None:
         return losses, None
-    d_table = jax.lax.psum_scatter(d_table, options.embed_axis, scatter_dimension=1, tiled=True)
-    others = tuple(axis for axis in options.batch_axes if axis != options.embed_axis)
+    # Over one device there is nothing to sum; a CPU would copy the whole table for it, twice.
+    axes = [axis for axis in options.batch_axes if jax.lax.axis_size(axis) > 1]
+    if options.embed_axis in axes:
+        d_table = jax.lax.psum_scatter(d_table, options.embed_axis, scatter_dimension=1, tiled=True)
+    others = tuple(axis for axis in axes if axis != options.embed_axis)
     return losses, (d_hidden.reshape(hidden.shape), jax.lax.psum(d_table, others))

@@ -1,6 +1,7 @@
 """The SwiGLU feed-forward layer."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -32,7 +33,7 @@ class SwiGLU(nnx.Module):
 
 
 def _product(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 @jax.custom_vjp
