@@ -120,6 +120,14 @@ class Module:
             frame = parent
         return instruction.op_name
 
+    def is_matmul(self, instruction: Instruction) -> bool:
+        """Whether it is a matrix product, or a fusion with one in it."""
+        products = ("convolution", "dot")
+        if instruction.opcode in products:
+            return True
+        called = instruction.called("calls")
+        return bool(called) and any(i.opcode in products or self.is_matmul(i) for i in self.computations[called[0]])
+
     def scheduled(self) -> Iterator[tuple[Instruction, int]]:
         """Every instruction that is executed, in the order of the schedule, and how often."""
 
