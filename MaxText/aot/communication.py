@@ -1,4 +1,8 @@
-"""What an instruction of a compiled step sends: to other chips, to other slices, to the host's memory. An estimate."""
+"""What an instruction of a compiled step sends to other chips, to other slices or to the host, and how long that takes.
+
+`transfer_in` reads it from the program; `sent` estimates the seconds. Assumed are rings over two of a chip's links, and
+the bandwidth to the host, of which nothing is published.
+"""
 
 import dataclasses
 import math
@@ -36,7 +40,7 @@ class Transfer:
         return DCN if self.kind.startswith(DCN) else "ici"
 
 
-def found(module: Module, instruction: Instruction) -> Transfer | None:
+def transfer_in(module: Module, instruction: Instruction) -> Transfer | None:
     """The transfer in an instruction; None where there is none.
 
     The compiler writes collectives in four ways: by themselves, as a pair of -start and -done, as a chain of fusions:

@@ -69,7 +69,7 @@ def account(
     plain = matmul_cycles = memory_bytes = hidden_bytes = pallas_bytes = 0
     kernels: dict[str, int] = defaultdict(int)
     collectives: dict[tuple[str, str], Transfers] = defaultdict(Transfers)
-    arrives: dict[str, float] = {}  # a collective under way -> the time at which it has been sent
+    arrives: dict[str, float] = {}  # a transfer under way -> the time at which it has been sent
     free: dict[str, float] = defaultdict(float)  # link -> the time from which it sends nothing
     unknown: set[str] = set()
     elapsed = pallas_seconds = 0.0
@@ -78,22 +78,22 @@ def account(
         opcode = instruction.opcode
         if opcode in _FREE:
             continue
-        found = communication.found(module, instruction)
-        if found is not None and found.phase != "middle":
-            axes_of_group, seconds = communication.sent(found, family, axes, slices or {})
-            if found.chain not in arrives:
-                arrives[found.chain] = free[found.link] = max(elapsed, free[found.link]) + seconds
-            if found.phase == "start":
+        transfer = communication.transfer_in(module, instruction)
+        if transfer is not None and transfer.phase != "middle":
+            axes_of_group, seconds = communication.sent(transfer, family, axes, slices or {})
+            if transfer.chain not in arrives:
+                arrives[transfer.chain] = free[transfer.link] = max(elapsed, free[transfer.link]) + seconds
+            if transfer.phase == "start":
                 continue
-            exposed = max(0.0, arrives.pop(found.chain) - elapsed)
+            exposed = max(0.0, arrives.pop(transfer.chain) - elapsed)
             elapsed += exposed
-            total = collectives[found.kind, axes_of_group]
+            total = collectives[transfer.kind, axes_of_group]
             total.count += times
-            total.bytes += sum(shape.bytes for shape in found.shapes) * times
+            total.bytes += sum(shape.bytes for shape in transfer.shapes) * times
             total.seconds += seconds * times
             total.exposed_seconds += exposed * times
-            hidden_bytes += sum(shape.bytes for shape in (*found.operands, *found.shapes) if shape.in_hbm) * times
-        elif opcode.endswith("-start") or (found is not None and found.link == communication.DCN):
+            hidden_bytes += sum(shape.bytes for shape in (*transfer.operands, *transfer.shapes) if shape.in_hbm) * times
+        elif opcode.endswith("-start") or (transfer is not None and transfer.link == communication.DCN):
             continue
         elif opcode.endswith("-done"):
             hidden_bytes += sum(shape.bytes for shape in instruction.shapes) * times

@@ -1,8 +1,8 @@
 """Causal attention in blocks of queries: each block meets only the keys up to its end.
 
 A plain-jnp implementation for machines without a fused kernel. Against the reference it skips a quarter of the scores,
-and between forward and backward it keeps one number a row of scores, not the scores. Its products have the form that is
-fast on CPU: both sides in the inputs' dtype, the result float32, the left side's last axis contracted.
+and of them it keeps for the backward pass one number a row. Its products have the form that is fast on CPU: both sides
+in the inputs' dtype, the result float32, and of the large arrays the left side's last axis contracted.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def attention_blocked(
 
 
 def _forward(query, key, value, segment_ids):
-    grouped = _grouped(query, key.shape[2]) * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    grouped = _grouped(query, key.shape[2]) * _scale(query)
     contexts, log_sums = [], []
     for start, end in _blocks(query.shape[1]):
         scores = _product("bkgth,bskh->bkgts", grouped[:, :, :, start:end], key[:, :end])
@@ -43,19 +43,18 @@ def _forward(query, key, value, segment_ids):
         weights = jnp.exp(scores - maximum)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         contexts.append(_product("bkgts,bskw->bkgtw", weights.astype(value.dtype), value[:, :end]) / total)
-        log_sums.append(maximum + jnp.log(total))
-    context = _ungrouped(jnp.concatenate(contexts, axis=3)).astype(query.dtype)
+        log_sums.append((maximum + jnp.log(total))[..., 0])
+    context = _ungrouped(jnp.concatenate(contexts, axis=3)).astype(value.dtype)
     context, log_sums = (checkpoint_name(x, RESIDUALS) for x in (context, jnp.concatenate(log_sums, axis=3)))
     return context, (query, key, value, segment_ids, context, log_sums)
 
 
 def _backward(residuals, d_context):
     query, key, value, segment_ids, context, log_sums = residuals
-    num_kv_heads, scale = key.shape[2], query.shape[-1] ** -0.5
-    grouped = _grouped(query, num_kv_heads) * jnp.asarray(scale, query.dtype)
+    num_kv_heads = key.shape[2]
+    grouped, d_grouped = _grouped(query, num_kv_heads) * _scale(query), _grouped(d_context, num_kv_heads)
     d_sums = jnp.sum(d_context.astype(jnp.float32) * context.astype(jnp.float32), axis=-1, keepdims=True)
     d_sums = _grouped(d_sums, num_kv_heads)[..., 0]
-    log_sums, d_grouped = log_sums[..., 0], _grouped(d_context, num_kv_heads)
     d_queries, d_key, d_value = [], 0, 0
     for start, end in _blocks(query.shape[1]):
         # Keys first: then every product but one contracts the last axis of weights or their derivatives as they lie.
@@ -65,16 +64,20 @@ def _backward(residuals, d_context):
         weights = jnp.exp(scores - log_sums[:, :, None, :, start:end])
         d_weights = _product("bskw,bkgtw->bksgt", value[:, :end], d_o)
         d_scores = (weights * (d_weights - d_sums[:, :, None, :, start:end])).astype(query.dtype)
-        d_queries.append(_product("bskh,bksgt->bkhgt", key[:, :end], d_scores) * scale)
+        d_queries.append(_product("bskh,bksgt->bkhgt", key[:, :end], d_scores) * _scale(query))
         rest = ((0, 0), (0, 0), (0, query.shape[1] - end), (0, 0))
         d_key += jnp.pad(_product("bksgt,bkgth->bksh", d_scores, q), rest)
         d_value += jnp.pad(_product("bksgt,bkgtw->bksw", weights.astype(value.dtype), d_o), rest)
     d_query = _ungrouped(jnp.moveaxis(jnp.concatenate(d_queries, axis=4), 2, 4)).astype(query.dtype)
-    d_key, d_value = (jnp.swapaxes(x, 1, 2).astype(key.dtype) for x in (d_key, d_value))
+    d_key, d_value = jnp.swapaxes(d_key, 1, 2).astype(key.dtype), jnp.swapaxes(d_value, 1, 2).astype(value.dtype)
     return d_query, d_key, d_value, None
 
 
 attention_blocked.defvjp(_forward, _backward)
+
+
+def _scale(query: Array) -> Float[Array, ""]:
+    return jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
 
 
 def _product(equation: str, left: Array, right: Array) -> Float[Array, "..."]:

@@ -164,9 +164,11 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
         mixed = None
         if with_gradients:
             exponentials = row_major(exponentials)
-            sloped = exponentials * (1 - jnp.square(scores / soft_cap)) if soft_cap else exponentials
-            sloped = row_major(sloped.astype(x.dtype))  # rounded once, for both products
-            mixed = jnp.einsum("dv,vn->dn", with_ones, sloped, preferred_element_type=jnp.float32)
+            if soft_cap:
+                sloped = exponentials * (1 - jnp.square(scores / soft_cap))
+            else:  # rounded once, for both products: at the maximum, where the most cancels below, it is exactly 1
+                sloped = row_major(exponentials.astype(x.dtype))
+            mixed = jnp.einsum("dv,vn->dn", with_ones, sloped.astype(x.dtype), preferred_element_type=jnp.float32)
             mixed = jax.lax.psum(mixed, vocab_axis)
         if mixed is None or soft_cap:
             normalizer = jax.lax.psum(jnp.sum(exponentials, axis=0), vocab_axis)
@@ -193,7 +195,7 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
     losses = jax.lax.psum(loss_sum, options.batch_axes), nll.reshape(targets.shape)
     if d_hidden is None:
         return losses, None
-    # Over one device there is nothing to sum; a CPU would copy the whole table for it, twice.
+    # Over one device there is nothing to sum, and XLA's CPU backend would copy the whole table for it.
     axes = [axis for axis in options.batch_axes if jax.lax.axis_size(axis) > 1]
     if options.embed_axis in axes:
         d_table = jax.lax.psum_scatter(d_table, options.embed_axis, scatter_dimension=1, tiled=True)

@@ -45,8 +45,8 @@ project.defvjp(_forward, _backward)
 def row_major(x: Array) -> Array:
     """x, on CPU made before what reads it, and laid out as its shape says.
 
-    The backend's fast products contract the left side's last axis; and what it fuses into a transposition, or what it
-    exponentiates and rounds in one pass, takes several times as long as both apart.
+    The backend's fast products contract the left side's last axis; and a transposition with something fused into it, or
+    a pass that exponentiates and rounds, takes longer than two passes.
     """
 
     def constrained(x: Array) -> Array:

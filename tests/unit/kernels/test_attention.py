@@ -184,6 +184,19 @@ def test_blocked_matches_the_reference(length, num_kv_heads, dtype, width):
     check_against_reference("blocked", *example(length, num_kv_heads, dtype, 8, width), dtype, support.mesh_of())
 
 
+def test_blocked_makes_its_exponentials_again_only_where_its_residuals_are_not_kept():
+    *qkv, segment_ids = example(8, 1, jnp.float32, 8, 8)
+
+    def exponentials(policy):
+        served = jax.checkpoint(lambda *qkv: serve("blocked", *qkv, segment_ids), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(lambda *qkv: jnp.sum(served(*qkv)), (0, 1, 2)))(*qkv)).count("= exp ")
+
+    policies = jax.checkpoint_policies
+    with jax.set_mesh(support.mesh_of()):
+        assert exponentials(policies.save_only_these_names("context")) == 4  # of two blocks, forward and backward
+        assert exponentials(policies.nothing_saveable) == 6
+
+
 @pytest.mark.parametrize(
     ("attention_type", "longest"), [("standard", 16384), ("differential", 8192), ("differential_v2", 16384)]
 )

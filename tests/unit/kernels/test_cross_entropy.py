@@ -74,6 +74,22 @@ def test_bfloat16_accumulates_the_table_gradient_in_float32():
     np.testing.assert_allclose(got, want, atol=0.1)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 30.0])
+def test_in_bfloat16_the_table_gradient_of_what_is_nearly_certain_is_not_lost_in_rounding(soft_cap):
+    hidden, unembedding, targets, weights = example(jnp.bfloat16)
+    unembedding = unembedding.astype(jnp.bfloat16).astype(jnp.float32)
+    hidden = unembedding[targets].astype(jnp.bfloat16)
+
+    def loss(function, hidden):
+        return lambda table: function(hidden, table, targets, weights, options(soft_cap=soft_cap))[0]
+
+    with jax.set_mesh(support.mesh_of()):
+        got = jax.jit(jax.grad(loss(chunked, hidden)))(unembedding)
+    mean, want = jax.value_and_grad(loss(reference, hidden.astype(jnp.float32)))(unembedding)
+    assert mean / jnp.sum(weights) < 0.1
+    assert jnp.linalg.norm(got - want) < 4e-3 * jnp.linalg.norm(want)
+
+
 def test_a_scaled_loss_has_scaled_gradients():
     args = example(jnp.float32)
     with jax.set_mesh(support.mesh_of()):
