@@ -47,9 +47,7 @@ def write_random_blocks(directory: Path) -> None:
             return np.ones(self.vocab_size, np.int32)
 
     rng = np.random.default_rng(0)
-    writer = token_block_writer.TokenBlockWriter(
-        directory, RandomTokenizer(), token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
-    )
+    writer = token_block_writer.TokenBlockWriter(directory, RandomTokenizer())
     for size in rng.geometric(1 / 2500, 4800):
         writer.add([rng.integers(1, 49152, size).tolist()], 0)
     writer.finish("random tokens", "none", {})

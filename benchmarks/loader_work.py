@@ -49,9 +49,7 @@ def prepare(folder: Path) -> Any:
     encoded = loaded.encode([text[i : i + 9000] for text in texts for i in range(0, len(text), 9000)])
     rng = random.Random(0)
     for name in ("a", "b"):
-        writer = token_block_writer.TokenBlockWriter(
-            folder / name, loaded, token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
-        )
+        writer = token_block_writer.TokenBlockWriter(folder / name, loaded)
         for _ in range(2500):
             writer.add([rng.choice(encoded)], 1)
         writer.finish(name, "none", {})

@@ -63,9 +63,7 @@ def stages(texts: list[str], tokenizer_path: str, scratch: Path) -> dict[str, Ca
 
     def blocks() -> None:
         shutil.rmtree(scratch / "blocks", ignore_errors=True)
-        writer = token_block_writer.TokenBlockWriter(
-            scratch / "blocks", loaded, token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
-        )
+        writer = token_block_writer.TokenBlockWriter(scratch / "blocks", loaded)
         writer.add(encoded, 0)
         writer.finish("benchmark", "none", {})
 

@@ -179,9 +179,7 @@ def _write_part(
     directory: Path, texts: list[str], encoder: tokenizer.Tokenizer, corpus: sources.Corpus, part: str, log: Log
 ) -> None:
     """Encode and write one part of the corpus, telling rate and time left every few seconds."""
-    writer = token_block_writer.TokenBlockWriter(
-        directory, encoder, token_block_writer.BLOCK_TOKENS, token_block_writer.SHARD_TOKENS
-    )
+    writer = token_block_writer.TokenBlockWriter(directory, encoder)
     total = sum(len(text.encode()) for text in texts)
     started = reported = time.monotonic()
     done = tokens = first = 0

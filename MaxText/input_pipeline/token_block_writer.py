@@ -97,7 +97,13 @@ class ShardWriter:
 class TokenBlockWriter:
     """Writes documents as token blocks; the directory counts as prepared only once `finish` has returned."""
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, block_tokens: int, shard_tokens: int):
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        block_tokens: int = BLOCK_TOKENS,
+        shard_tokens: int = SHARD_TOKENS,
+    ):
         """Args:
         shard_tokens: a new shard is begun with the first document after this many tokens; none is ever split.
         """
