@@ -143,7 +143,9 @@ def _local(hidden, unembedding, targets, weights, *, options, with_gradients):
     takes longer for a pass that exponentiates and rounds than for one of each.
     """
     dim, vocab_axis, soft_cap = hidden.shape[-1], options.vocab_axis, options.soft_cap
-    with_ones = jnp.pad(row_major(unembedding.T), ((0, 1), (0, 0)), constant_values=1)
+    ones = jnp.ones((unembedding.shape[0], 1), unembedding.dtype)
+    # Transposed before it is joined, on CPU; elsewhere the two transpositions are none, and XLA does both in one pass.
+    with_ones = row_major(jnp.concatenate([row_major(unembedding.T).T, ones], axis=1).T)
 
     def chunked(x):
         return x.reshape(options.num_chunks, -1, *x.shape[2:])
