@@ -176,7 +176,8 @@ class Harness:
         ended = time.monotonic()
         timer.cancel()
         process.stdout.close()
-        if code == 0 or any(line.startswith("Checkpoint: ") for line in lines):  # it had said its last lines
+        last = f"checkpoints/{KEYS['steps']}\n"  # in the last lines of a complete run; one that SIGTERM stops has another
+        if code == 0 or any(line.startswith("Checkpoint: ") and line.endswith(last) for line in lines):
             return None
         expected = -signal.SIGKILL if self.number == signal.SIGKILL else preemption.EXIT_RESUME
         assert code == expected, f"{code}\n{''.join(lines)}"
