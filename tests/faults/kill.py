@@ -176,7 +176,7 @@ class Harness:
         ended = time.monotonic()
         timer.cancel()
         process.stdout.close()
-        last = f"checkpoints/{KEYS['steps']}\n"  # in the last lines of a complete run; one that SIGTERM stops has another
+        last = f"checkpoints/{KEYS['steps']}\n"  # of a complete run; one that SIGTERM stopped has another
         if code == 0 or any(line.startswith("Checkpoint: ") and line.endswith(last) for line in lines):
             return None
         expected = -signal.SIGKILL if self.number == signal.SIGKILL else preemption.EXIT_RESUME
